@@ -1,0 +1,301 @@
+"""`harken`: for people. Stages are run by DVC; this tells what happened, what is wrong and what to do."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.metadata
+import json
+import shutil
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from harken import __version__
+from harken.config import Config, Paths, load, params_path, read_params
+from harken.errors import ConfigError, DataError, HarkenError, unknown
+from harken.stages import STAGES, config_class
+
+app = typer.Typer(
+    help="Find the sound a sentence describes, and the sentence that describes a sound.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+out = Console()
+PRESETS = Path("presets")
+FOLDERS = dict(
+    zip(
+        STAGES,
+        (
+            "lists",
+            "manifest",
+            "weights",
+            "media",
+            "audit",
+            "features",
+            "stats",
+            "embeddings",
+            "pretrained",
+            "finetuned",
+            "trained",
+            "evaluations",
+            "report",
+        ),
+        strict=True,
+    )
+)
+LEDGERS = ("download", "extract", "embed")
+AsJson = Annotated[bool, typer.Option("--json", help="Print facts as JSON.")]
+
+
+def main() -> None:
+    """The entry point: a HarkenError is a message on stderr and exit status 1, never a trace."""
+    try:
+        app()
+    except HarkenError as e:
+        print(f"harken: {e}", file=sys.stderr)
+        sys.exit(1)
+
+
+def _version(value: bool) -> bool:
+    if value:
+        print(f"harken {__version__}")
+        raise typer.Exit
+    return value
+
+
+@app.callback()
+def _root(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True)] = False) -> None:
+    """Run from the project's root."""
+
+
+@app.command(epilog="Example: harken status --json")
+def status(as_json: AsJson = False) -> None:
+    """Every stage of the current preset: done or not, and from the ledgers how many clips are ok or failed, and why."""
+    paths = load("paths", Paths)
+    rows = [_stage_status(s, paths) for s in STAGES]
+    if as_json:
+        print(json.dumps(rows, indent=1))
+        return
+    table = Table("stage", "state", "ok", "failed", "why", box=None, header_style="bold")
+    for r in rows:
+        why = ", ".join(f"{k} {n}" for k, n in r["reasons"].items())
+        numbers = [f"{r[k]:,}" if r[k] is not None else "" for k in ("ok", "failed")]
+        table.add_row(r["stage"], r["state"], *numbers, why)
+    out.print(table)
+
+
+def _stage_status(stage: str, paths: Paths) -> dict[str, Any]:
+    from harken.shards import OK, ledger
+
+    folder: Path = getattr(paths, FOLDERS[stage])
+    row: dict[str, Any] = {"stage": stage, "folder": str(folder), "ok": None, "failed": None, "reasons": {}}
+    row["state"] = "done" if folder.is_dir() and any(folder.iterdir()) else "not run"
+    work = paths.work / stage
+    if row["state"] == "not run" and work.is_dir() and any(work.iterdir()):
+        row["state"] = (
+            "begun"  # killed or failed: finished shards and checkpoints are kept, `dvc repro` goes on from them
+        )
+    if stage in LEDGERS and row["state"] == "done":
+        table = ledger(folder)
+        reasons = Counter(r for r in table["reason"].to_pylist() if r)
+        row["ok"] = sum(s == OK for s in table["status"].to_pylist())
+        row["failed"] = len(table) - row["ok"]
+        row["reasons"] = dict(reasons.most_common())
+    return row
+
+
+@app.command(epilog="Example: harken audit --json > audit.json")
+def audit(as_json: AsJson = False) -> None:
+    """What is missing and why, per split, from the download ledger as it is now."""
+    from harken.audit.rates import audit as run_audit
+    from harken.clips import Manifest
+    from harken.media.reasons import group
+    from harken.shards import ledger
+
+    paths = load("paths", Paths)
+    table = Manifest.read(paths.manifest).table
+    found = run_audit(table, ledger(paths.media).to_pandas(), group)
+    if as_json:
+        print(json.dumps(found, indent=1, ensure_ascii=False))
+        return
+    _print_audit(found)
+    page = paths.audit / "audit.html"
+    if page.is_file():
+        out.print(f"\nPage: {page}")
+
+
+def _print_audit(found: dict[str, Any]) -> None:
+    table = Table("dataset", "split", "listed", "ok", "usable", "why not", box=None, header_style="bold")
+    for s in found["splits"]:
+        why = ", ".join(f"{r['reason']} {r['count']}" for r in s["reasons"])
+        usable = s["rates"]["usable"] if s["rates"] else None
+        table.add_row(s["dataset"], s["split"], f"{s['n_total']:,}", f"{s['groups']['ok']:,}", _rate(usable), why)
+    out.print(table)
+
+
+def _rate(rate: dict[str, float] | None) -> str:
+    if rate is None:
+        return "not visited"
+    return f"{100 * rate['rate_low']:.1f} % [{100 * rate['ci_low']:.1f}, {100 * rate['ci_high']:.1f}]"
+
+
+@app.command(epilog="Example: harken preset local --dry-run")
+def preset(
+    name: Annotated[str | None, typer.Argument(help="The preset to switch to; none lists them.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the difference only.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show how a preset differs from params.yaml, and switch to it. Presets keep their data apart."""
+    known = {p.stem: p for p in sorted(PRESETS.glob("*.yaml"))}
+    if not known:
+        raise DataError(f"{PRESETS}: no presets here. Run from the project's root.")
+    current = params_path()
+    text = current.read_text() if current.is_file() else ""
+    active = [n for n, p in known.items() if p.read_text() == text]
+    if name is None:
+        if as_json:
+            print(json.dumps({"presets": list(known), "active": active}))
+            return
+        for n in known:
+            out.print(f"{'*' if n in active else ' '} {n}")
+        return
+    if name not in known:
+        raise unknown("preset", name, known)
+    _check_preset(known[name])
+    wanted = known[name].read_text()
+    lines = list(
+        difflib.unified_diff(text.splitlines(), wanted.splitlines(), "params.yaml", str(known[name]), lineterm="")
+    )
+    if as_json:
+        print(json.dumps({"preset": name, "switched": not dry_run, "difference": lines}))
+    else:
+        for line in lines:
+            out.print(
+                line, style="green" if line.startswith("+") else "red" if line.startswith("-") else None, markup=False
+            )
+    if dry_run:
+        return
+    if text and not active:
+        kept = current.with_name("params.before-preset.yaml")
+        shutil.copyfile(current, kept)  # edits that no preset holds are the user's work
+        print(f"Your edited {current} is kept as {kept}.", file=sys.stderr)
+    current.write_text(wanted)
+    if not as_json:
+        out.print(f"Switched to {name}. Next: make repro" if lines else f"{name} is what params.yaml says already.")
+
+
+def _check_preset(path: Path) -> None:
+    from harken.config import parse
+
+    params = read_params(path)
+    sections: dict[str, type[Config]] = {"paths": Paths, **{s: config_class(s) for s in STAGES}}
+    for section, cls in sections.items():
+        if section not in params:
+            raise ConfigError(f"{path}: section {section!r} is missing.")
+        parse(f"{path}: {section}", cls, params[section])
+
+
+@app.command(epilog="Example: harken doctor")
+def doctor(as_json: AsJson = False) -> None:
+    """Check this machine and params.yaml before a long run. Exit status 1 if something must be mended first."""
+    checks = [*_check_machine(), *_check_params()]
+    if as_json:
+        print(json.dumps(checks, indent=1))
+    else:
+        for c in checks:
+            mark = {"ok": "[green]ok[/]  ", "note": "[yellow]note[/]", "bad": "[red]bad[/] "}[c["state"]]
+            out.print(f"{mark} {c['what']}: {c['found']}")
+    if any(c["state"] == "bad" for c in checks):
+        raise typer.Exit(1)
+
+
+def _finding(state: str, what: str, found: str) -> dict[str, str]:
+    return {"state": state, "what": what, "found": found}
+
+
+def _check_machine() -> list[dict[str, str]]:
+    import os
+
+    version = ".".join(map(str, sys.version_info[:3]))
+    checks = [_finding("ok" if (3, 11) <= sys.version_info < (3, 14) else "bad", "Python", version)]
+    for package in ("torch", "av", "open_clip_torch", "yt-dlp", "dvc", "pyarrow"):
+        try:
+            checks.append(_finding("ok", package, importlib.metadata.version(package)))
+        except importlib.metadata.PackageNotFoundError:
+            checks.append(_finding("bad", package, "not installed; run make repro, or pip install harken"))
+    beside = Path(sys.executable).with_name("deno")
+    js = shutil.which("deno") or (str(beside) if beside.is_file() else None)
+    checks.append(_finding("ok" if js else "note", "JavaScript runtime", js or "none; YouTube needs `yt-dlp[deno]`"))
+    dvc = shutil.which("dvc")
+    checks.append(
+        _finding("ok" if dvc else "note", "dvc on PATH", dvc or "no; activate the environment or use make repro")
+    )
+    import torch
+
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    checks.append(_finding("ok" if gpus else "note", "GPU", ", ".join(gpus) or "none; training runs on the CPU"))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    checks.append(_finding("ok", "cores", str(cores)))
+    free = shutil.disk_usage(".").free / 2**30
+    checks.append(_finding("ok" if free > 5 else "bad", "free disk", f"{free:.0f} GiB"))
+    return checks
+
+
+def _check_params() -> list[dict[str, str]]:
+    checks = []
+    try:
+        params = read_params()
+        known = {"paths", *STAGES}
+        for extra in params.keys() - known:
+            raise unknown(f"{params_path()}: section", extra, known)
+        load("paths", Paths)
+        for stage in STAGES:
+            load(stage, config_class(stage))
+        checks.append(_finding("ok", str(params_path()), "every section is complete"))
+    except HarkenError as e:
+        checks.append(_finding("bad", str(params_path()), str(e)))
+    return checks
+
+
+@app.command(epilog='Example: harken search "a dog barks, then a bell rings"')
+def search(
+    sentence: Annotated[str, typer.Argument(help="What the sound is like.")],
+    run: Annotated[str | None, typer.Option(help="A fine-tuned run; the first one if not given.")] = None,
+    k: Annotated[int, typer.Option("-k", help="How many clips.")] = 5,
+    as_json: AsJson = False,
+) -> None:
+    """The clips of the test gallery that sound most like a sentence, by a fine-tuned run."""
+    from harken.models import clip
+    from harken.search import index, query
+    from harken.stages.embed import EmbedConfig
+    from harken.stages.weights import load_clip
+
+    if not sentence.strip():
+        raise ConfigError('the sentence is empty. Say what to look for, e.g. "a dog barks".')
+    paths = load("paths", Paths)
+    folder = paths.evaluations / "index" / "finetune"
+    known = sorted(p.name for p in folder.glob("*")) if folder.is_dir() else []
+    if not known:
+        raise DataError(f"{folder}: no index. Run `dvc repro evaluate` with at least one finetune recipe first.")
+    if run is not None and run not in known:
+        raise unknown(f"{folder}: runs", run, known)
+    prompt = load("embed", EmbedConfig).prompt
+    text = clip.text_embeddings(load_clip(paths.weights), [prompt + sentence]).numpy()[0]
+    hits = query.search(index.load(folder / (run or known[0])), text, k)
+    if as_json:
+        print(
+            json.dumps([{"clip_id": h.clip_id, "score": h.score, "captions": list(h.captions)} for h in hits], indent=1)
+        )
+        return
+    for h in hits:
+        out.print(f"{h.score:6.3f}  {h.clip_id}  {h.captions[0] if h.captions else ''}", markup=False)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,194 @@
+"""Fan-out: `map(make, cfg, items)` builds the heavy object once per worker and yields one result per item.
+
+Chosen by the environment, never by a tracked param, or a change of engine would make every stage stale:
+`HARKEN_ENGINE=local` (default: spawned processes on this machine), `inline` (this process), `dask` (a local Dask
+cluster) or `dask+tcp://host:port` (a running one). `HARKEN_WORKERS` is the number of local workers (default: one per
+core).
+Every worker computes with one thread, so that results do not depend on the number of workers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+import uuid
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context
+from typing import Any, Protocol, TypeVar, runtime_checkable
+
+from harken.errors import ConfigError, HarkenError, unknown
+
+log = logging.getLogger("harken")
+Cfg = TypeVar("Cfg")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+REBUILDS = 3
+
+
+@runtime_checkable
+class Map(Protocol):
+    """The whole engine abstraction. `make` must be importable (module level); `make(cfg)` is a function of one item."""
+
+    def __call__(
+        self, make: Callable[[Cfg], Callable[[Item], Result]], cfg: Cfg, items: Iterable[Item]
+    ) -> Iterator[Result]: ...
+
+
+_made: dict[str, Callable[[Any], Any]] = {}
+
+
+def _call(make: Callable[[Any], Callable[[Any], Any]], cfg: Any, item: Any, token: str) -> Any:
+    """One item in a worker. `token` names the fan-out: a cluster's worker outlives it, and what was made must not."""
+    if token not in _made:
+        _made.clear()  # the last fan-out's heavy object makes room
+        _made[token] = make(cfg)
+    return _made[token](item)
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Processes that are started inside compute with one thread: they read it before they import NumPy and torch."""
+    before = {k: os.environ.get(k) for k in ONE_THREAD}
+    os.environ.update(ONE_THREAD)
+    try:
+        yield
+    finally:
+        for k, v in before.items():
+            if v is None:
+                os.environ.pop(k, None)
+            else:
+                os.environ[k] = v
+
+
+def die_with_parent() -> None:
+    """End this process when its parent ends, however it ends, so that no killed run leaves workers behind."""
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL("libc.so.6", use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL)
+        return
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _start_worker() -> None:
+    die_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides; a Ctrl-C must not print a trace per worker
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+
+
+def n_workers() -> int:
+    """Local workers: HARKEN_WORKERS, or one per core that this process may use."""
+    given = os.environ.get("HARKEN_WORKERS", "")
+    if not given:
+        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    if not given.isdigit() or int(given) < 1:
+        raise ConfigError(f"HARKEN_WORKERS={given!r}: expected a whole number of processes, 1 or more.")
+    return int(given)
+
+
+def inline(make: Callable[[Cfg], Callable[[Item], Result]], cfg: Cfg, items: Iterable[Item]) -> Iterator[Result]:
+    """Everything in this process, one after the other."""
+    call = None
+    for item in items:
+        call = call or make(cfg)
+        yield call(item)
+
+
+def local(make: Callable[[Cfg], Callable[[Item], Result]], cfg: Cfg, items: Iterable[Item]) -> Iterator[Result]:
+    """Spawned processes on this machine; a worker that dies is replaced and its items are done again."""
+    todo = deque(items)
+    workers = min(n_workers(), len(todo))
+    if workers <= 1:
+        yield from inline(make, cfg, todo)
+        return
+    deaths, token = 0, uuid.uuid4().hex
+    with _one_thread():
+        while todo:
+            in_flight: dict[Future[Result], Item] = {}
+            pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_start_worker)
+            try:
+                while todo or in_flight:
+                    while todo and len(in_flight) < 2 * workers:
+                        in_flight[pool.submit(_call, make, cfg, todo[0], token)] = todo[0]
+                        todo.popleft()  # only now: a pool that a worker's death has broken takes nothing
+                    done, _ = wait(in_flight, return_when=FIRST_COMPLETED)
+                    for future in done:
+                        result = future.result()
+                        del in_flight[future]
+                        yield result
+            except BrokenProcessPool:
+                deaths += 1
+                if deaths > REBUILDS:
+                    raise HarkenError(
+                        f"a worker process died {deaths} times, last while {len(in_flight)} items were in flight "
+                        f"({', '.join(map(str, list(in_flight.values())[:4]))}). Out of memory? Try HARKEN_WORKERS=1."
+                    ) from None
+                log.warning("a worker died; starting a new pool and repeating %d items", len(in_flight))
+                todo.extendleft(reversed(in_flight.values()))
+            finally:
+                pool.shutdown(wait=True, cancel_futures=True)
+
+
+def dask(address: str = "") -> Map:
+    """A Dask cluster: the one at `address`, or a local one with one thread per worker."""
+
+    def run(make: Callable[[Any], Callable[[Any], Any]], cfg: Any, items: Iterable[Any]) -> Iterator[Any]:
+        try:
+            from distributed import Client, LocalCluster, as_completed
+        except ImportError:
+            raise ConfigError("HARKEN_ENGINE=dask needs the extra `cluster`: pip install 'harken[cluster]'.") from None
+        todo, token = deque(items), uuid.uuid4().hex
+        if not todo:
+            return
+        with contextlib.ExitStack() as stack:
+            where: Any = address
+            if not address:
+                stack.enter_context(_one_thread())
+                size = min(n_workers(), len(todo))
+                # port 0: any free one, or two stages at once would quarrel over the dashboard's
+                cluster = LocalCluster(n_workers=size, threads_per_worker=1, dashboard_address=":0")
+                where = stack.enter_context(cluster)
+            client = stack.enter_context(Client(where))
+            limit = 2 * max(1, len(client.scheduler_info(n_workers=-1)["workers"]))
+
+            def submit() -> Any:
+                # pure=False: the same shard may be asked for again after its file was deleted
+                return client.submit(_call, make, cfg, todo.popleft(), token, pure=False)
+
+            futures = as_completed([submit() for _ in range(min(limit, len(todo)))], with_results=True)
+            for future, result in futures:
+                future.release()
+                if todo:
+                    futures.add(submit())
+                yield result
+
+    return run
+
+
+ENGINES: dict[str, Callable[[], Map]] = {"local": lambda: local, "inline": lambda: inline, "dask": dask}
+
+
+def engine() -> Map:
+    """The engine that HARKEN_ENGINE names. Raises ConfigError for an unknown one."""
+    name = os.environ.get("HARKEN_ENGINE", "local")
+    if name.startswith("dask+"):
+        return dask(name.removeprefix("dask+"))
+    if name not in ENGINES:
+        raise unknown("HARKEN_ENGINE", name, [*ENGINES, "dask+tcp://host:port"])
+    return ENGINES[name]()

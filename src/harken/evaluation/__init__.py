@@ -1,0 +1,1 @@
+"""From a similarity matrix to a number that can be compared: metrics, protocols, significance, passports, tables."""

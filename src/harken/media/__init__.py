@@ -1,0 +1,1 @@
+"""Clip -> bytes -> arrays: fetching clips (`fetchers`), cutting, decoding and measuring them."""

@@ -1,0 +1,170 @@
+"""Frames to one vector per clip, or to one per clip and text. Every pooling ignores masked frames.
+
+A pooling is `(frames (clip, frame, dim), mask (clip, frame), text (text, dim)) -> (clip, text or 1, dim)`:
+text-agnostic ones return a text axis of length 1, so nothing downstream asks which kind it has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol, runtime_checkable
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from harken.errors import DataError
+from harken.models.features import full, full_precision
+
+Frames = Float[Tensor, "clip frame dim"]
+Mask = Bool[Tensor, "clip frame"]
+Texts = Float[Tensor, "text dim"]
+Pooled = Float[Tensor, "clip text_or_1 dim"]
+
+
+@runtime_checkable
+class Pooling(Protocol):
+    """An `is_text_aware` of False on it says that the text does not matter; scoring then pools each clip once."""
+
+    def __call__(self, frames: Frames, mask: Mask, text: Texts) -> Pooled: ...
+
+
+def cosine_similarity(text: Texts, pooled: Pooled) -> Float[Tensor, "text clip"]:
+    """s(t, a) = cos(c_t, z_a) or cos(c_t, z_a|t) (Xin et al. 2023, eq. 2 and 4); rows are texts, columns clips.
+
+    In float32 at least, also under autocast.
+    """
+    with full_precision(text):
+        text, pooled = F.normalize(full(text), dim=-1), F.normalize(full(pooled), dim=-1)
+        if pooled.shape[1] == 1:  # one matrix product, where broadcasting would build (clip, text, dim)
+            return text @ pooled[:, 0].T
+        return torch.einsum("td,ctd->tc", text, pooled)
+
+
+def _require_frames(mask: Mask) -> None:
+    if not bool(mask.any(1).all()):
+        raise DataError("a clip has no valid frame to pool; leave clips that are padding alone out of the batch.")
+
+
+class Mean(nn.Module):
+    """mean_t f_t."""
+
+    is_text_aware = False
+
+    def __init__(self, *, dim: int) -> None:
+        super().__init__()
+
+    def forward(self, frames: Frames, mask: Mask, text: Texts) -> Pooled:
+        _require_frames(mask)
+        # masked_fill, not a product: padding may hold anything, and 0 * nan is nan
+        return frames.masked_fill(~mask[..., None], 0).sum(1, keepdim=True) / mask.sum(1)[:, None, None]
+
+
+class Max(nn.Module):
+    """max_t f_t, per dimension."""
+
+    is_text_aware = False
+
+    def __init__(self, *, dim: int) -> None:
+        super().__init__()
+
+    def forward(self, frames: Frames, mask: Mask, text: Texts) -> Pooled:
+        _require_frames(mask)
+        return frames.masked_fill(~mask[..., None], -torch.inf).amax(1, keepdim=True)
+
+
+class MeanMax(nn.Module):
+    """max_t f_t + mean_t f_t: their sum, not their concatenation (Mei et al. 2022)."""
+
+    is_text_aware = False
+
+    def __init__(self, *, dim: int) -> None:
+        super().__init__()
+        self.max, self.mean = Max(dim=dim), Mean(dim=dim)
+
+    def forward(self, frames: Frames, mask: Mask, text: Texts) -> Pooled:
+        return self.max(frames, mask, text) + self.mean(frames, mask, text)
+
+
+class NetRVLAD(nn.Module):
+    """Residual-less VLAD (Miech et al. 2017), without context gating.
+
+        a = softmax_k(BN(f W_c))     v_k = Σ_t a_tk f_t     z = W_h L2(concat_k L2(v_k))
+
+    The batch norm's statistics are those of the valid frames.
+    """
+
+    is_text_aware = False
+
+    def __init__(self, *, dim: int, n_clusters: int = 16) -> None:
+        super().__init__()
+        self.assign = nn.Linear(dim, n_clusters, bias=False)
+        self.bn = nn.BatchNorm1d(n_clusters)
+        self.out = nn.Linear(n_clusters * dim, dim, bias=False)
+        nn.init.normal_(self.assign.weight, std=dim**-0.5)
+        nn.init.normal_(self.out.weight, std=dim**-0.5)
+
+    def forward(self, frames: Frames, mask: Mask, text: Texts) -> Pooled:
+        _require_frames(mask)
+        valid = frames[mask]
+        weights = frames.new_zeros(*mask.shape, self.assign.out_features)
+        weights[mask] = torch.softmax(self.bn(self.assign(valid)), dim=-1).to(weights.dtype)
+        clusters = weights.transpose(1, 2) @ frames.masked_fill(~mask[..., None], 0)
+        flat = F.normalize(F.normalize(clusters, dim=-1).flatten(1), dim=-1)
+        return self.out(flat)[:, None]
+
+
+class TextAwareAttention(nn.Module):
+    """TAP, text-aware attention pooling (Xin et al. 2023, eq. 5-9): the text attends to the frames it describes.
+
+        Q = LN(c_t) W_Q     K = LN(c_a) W_K     V = LN(c_a) W_V
+        z_a|t = LN_o(softmax(Q Kᵀ / √d_p) V W_O)
+
+    One head, no residual. `share_ln`: text and frames share one input LN (X-Pool, and the paper's one symbol) or have
+    their own. `bias`: biases in the four projections (X-Pool has them, the paper's equations do not). `key_mask`:
+    padding is not attended to; without it, it is (Mei et al.'s code).
+    """
+
+    is_text_aware = True
+
+    def __init__(
+        self, *, dim: int, dp: int = 512, share_ln: bool = True, bias: bool = False, key_mask: bool = True
+    ) -> None:
+        super().__init__()
+        self.dp, self.key_mask = dp, key_mask
+        self.ln_audio = nn.LayerNorm(dim)
+        self.ln_text = None if share_ln else nn.LayerNorm(dim)  # not an alias: a checkpoint holds each tensor once
+        self.query, self.key, self.value = (nn.Linear(dim, dp, bias=bias) for _ in range(3))
+        self.out = nn.Linear(dp, dim, bias=bias)
+        self.ln_out = nn.LayerNorm(dim)
+        for projection in (self.query, self.key, self.value, self.out):
+            nn.init.xavier_uniform_(projection.weight)  # X-Pool's identity is no choice: the matrices are not square
+            if bias:
+                nn.init.zeros_(projection.bias)
+
+    def queries(self, text: Texts) -> Float[Tensor, "text dp"]:
+        """Q / √d_p."""
+        norm = self.ln_audio if self.ln_text is None else self.ln_text
+        return self.query(norm(text)) / self.dp**0.5
+
+    def forward(self, frames: Frames, mask: Mask, text: Texts) -> Pooled:
+        """The equations as printed; `scoring.score_matrix` has the same numbers without the (clip, text, dim)."""
+        if self.key_mask:
+            _require_frames(mask)
+            frames = frames.masked_fill(~mask[..., None], 0)
+        normed = self.ln_audio(frames)
+        k, v = self.key(normed), self.value(normed)
+        logits = torch.einsum("np,mtp->mnt", self.queries(text), k)
+        if self.key_mask:
+            logits = logits.masked_fill(~mask[:, None], -torch.inf)
+        return self.ln_out(self.out(torch.softmax(logits, dim=-1) @ v))
+
+
+POOLINGS: dict[str, Callable[..., nn.Module]] = {
+    "mean": Mean,
+    "max": Max,
+    "meanmax": MeanMax,
+    "netrvlad": NetRVLAD,
+    "tap": TextAwareAttention,
+}

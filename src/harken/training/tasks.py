@@ -1,0 +1,245 @@
+"""The three tasks that `fit` runs: audio with images, with captions through CLIP, with captions through BERT."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from harken.config import Config
+from harken.models.features import AudioFeatures
+from harken.models.losses import LOSSES
+from harken.models.panns import Panns
+from harken.models.towers import AudioTower, TextAudio
+from harken.training.batches import Features
+
+Score = Callable[[np.ndarray, list[np.ndarray]], Mapping[str, float]]
+"""(scores (query, item), relevant items of each query) -> metrics; passed in by the stage from harken.evaluation."""
+
+
+class AugmentConfig(Config):
+    """What is done to FBANK in training.
+
+    The papers' own is SpecAugment: one mask each, `freq_mask` bins and `time_mask` frames at most. Small corpora need
+    more: `roll` turns the clip round in time by a random amount (not before Multiframe Match, whose segments must meet
+    their images), `gain_db` makes it louder or softer by up to that much.
+    """
+
+    freq_mask: int
+    time_mask: int
+    roll: bool
+    gain_db: float
+
+
+@dataclass(frozen=True)
+class FbankInput:
+    """Reads, pads and normalises FBANK; augments it in training."""
+
+    features: Features
+    n_frames: int
+    mean: float
+    std: float
+    augment: AugmentConfig | None
+    device: torch.device
+
+    def __call__(self, clip_ids: Sequence[str], generator: torch.Generator | None) -> Float[Tensor, "clip frame mel"]:
+        """(clip, n_frames, mel), normalised; clips shorter than n_frames are padded with raw 0 before it (VIP-ANT).
+
+        Augmented where a `generator` is given and there is an `augment`, untouched otherwise.
+        """
+        fbank, _ = self.features.read(clip_ids, self.n_frames)
+        fbank = fbank.to(self.device).sub_(self.mean).div_(self.std)
+        if generator is None or self.augment is None:
+            return fbank
+        n_clips, n_frames, n_mels = fbank.shape
+        how = self.augment
+        if how.roll:
+            by = torch.randint(n_frames, (n_clips,), generator=generator).tolist()
+            fbank = torch.stack([clip.roll(n, 0) for clip, n in zip(fbank, by, strict=True)])
+        if how.gain_db:
+            nats = how.gain_db * math.log(10) / 10  # of energy, as the FBANK's logarithm is
+            gain = (2 * torch.rand(n_clips, 1, 1, generator=generator) - 1) * nats / self.std
+            fbank += gain.to(self.device)
+        for size, axis, limit in ((n_mels, 1, how.freq_mask), (n_frames, 0, how.time_mask)):
+            width = torch.rand(n_clips, generator=generator) * limit
+            start = torch.rand(n_clips, generator=generator) * (size - width)
+            ends = torch.stack([start, start + width]).long().T.tolist()
+            for clip, (first, last) in zip(fbank, ends, strict=True):
+                clip.narrow(axis, first, last - first).zero_()  # 0 is the mean, after normalisation
+        return fbank
+
+
+def embed_clips(
+    tower: AudioTower, read: FbankInput, clip_ids: Sequence[str], *, pooled: bool, batch: int = 64
+) -> Tensor:
+    """Embeddings of clips without augmentation: (clip, dim) if `pooled`, else (clip, segment, dim)."""
+    encode = tower.pooled if pooled else tower.segments
+    parts = [encode(read(clip_ids[i : i + batch], None)).cpu() for i in range(0, len(clip_ids), batch)]
+    return torch.cat(parts).float()
+
+
+@dataclass
+class AudioImage:
+    """Audio-image pretraining with frozen CLIP image embeddings (Tsubaki et al. 2024, section II-C)."""
+
+    model: AudioTower
+    match: Any
+    read: FbankInput
+    clip_ids: Sequence[str]
+    images: Float[Tensor, "clip image dim"]
+    val_ids: Sequence[str]
+    val_images: Float[Tensor, "val image dim"]
+    sim_of: Callable[[np.ndarray, np.ndarray], np.ndarray]
+    score: Score
+
+    def loss(self, items: np.ndarray, epoch: int, generator: torch.Generator) -> tuple[Tensor, Mapping[str, float]]:
+        audio = self.model.segments(self.read([self.clip_ids[i] for i in items], generator))
+        images = self.images[torch.from_numpy(items)].to(audio.device)
+        cosine = self.match(audio if self.model.n_segments > 1 else audio[:, 0], images, epoch, generator)
+        return LOSSES["infonce"](self.model.scaled(cosine)), {}
+
+    def validate(self) -> Mapping[str, float]:
+        audio = embed_clips(self.model, self.read, self.val_ids, pooled=False)
+        if self.model.n_segments == 1:
+            audio = audio[:, 0]  # one vector of the whole clip, to meet every image
+        sim = self.sim_of(audio.numpy(), self.val_images.numpy())
+        own = [np.array([i]) for i in range(len(sim))]
+        i2a, a2i = self.score(sim, own), self.score(sim.T, own)
+        return {"val_a2i_R@1": a2i["R@1"], "val_i2a_R@1": i2a["R@1"], "score": a2i["R@1"] + i2a["R@1"]}
+
+
+def text_scores(sim: np.ndarray, clip_of: np.ndarray, score: Score) -> dict[str, float]:
+    """Both directions of a (caption, clip) matrix; an audio query is right when any of its captions is found."""
+    t2a = score(sim, [np.array([c]) for c in clip_of])
+    a2t = score(sim.T, [np.flatnonzero(clip_of == c) for c in range(sim.shape[1])])
+    return {f"val_t2a_{k}": v for k, v in t2a.items() if k.startswith("R@")} | {
+        f"val_a2t_{k}": v for k, v in a2t.items() if k.startswith("R@")
+    }
+
+
+@dataclass(frozen=True)
+class Captions:
+    """The captions of a split: `of[i]` are the numbers of clip i's captions; `clip_of[c]` is the reverse."""
+
+    clip_ids: Sequence[str]
+    texts: Sequence[str]
+    of: Sequence[np.ndarray]
+    clip_of: np.ndarray
+
+    @staticmethod
+    def build(clips: Sequence[tuple[str, Sequence[str]]]) -> Captions:
+        texts: list[str] = []
+        of = []
+        for _, captions in clips:
+            of.append(np.arange(len(texts), len(texts) + len(captions)))
+            texts.extend(captions)
+        clip_of = np.repeat(np.arange(len(clips)), [len(o) for o in of])
+        return Captions([c for c, _ in clips], texts, of, clip_of)
+
+    def draw(self, items: np.ndarray, generator: torch.Generator) -> np.ndarray:
+        """One caption number per clip, uniform over its captions, so that the diagonal is the positives."""
+        u = torch.rand(len(items), generator=generator).numpy()
+        return np.array([self.of[i][int(v * len(self.of[i]))] for i, v in zip(items, u, strict=True)])
+
+
+@dataclass
+class AudioText:
+    """Audio-text fine-tuning against frozen CLIP caption embeddings (Tsubaki et al. 2024, section II-D)."""
+
+    model: AudioTower
+    read: FbankInput
+    train: Captions
+    texts: Float[Tensor, "caption dim"]
+    val: Captions
+    val_texts: Float[Tensor, "val_caption dim"]
+    score: Score
+
+    def loss(self, items: np.ndarray, epoch: int, generator: torch.Generator) -> tuple[Tensor, Mapping[str, float]]:
+        audio = self.model.pooled(self.read([self.train.clip_ids[i] for i in items], generator))
+        text = self.texts[torch.from_numpy(self.train.draw(items, generator))].to(audio.device)
+        return LOSSES["infonce"](self.model.scaled(cosine_matrix(text, audio))), {}
+
+    def similarity(self, captions: Captions, texts: Tensor) -> np.ndarray:
+        """(caption, clip) cosine similarities of a whole split."""
+        audio = embed_clips(self.model, self.read, captions.clip_ids, pooled=True)
+        return cosine_matrix(texts, audio).numpy()
+
+    def validate(self) -> Mapping[str, float]:
+        metrics = text_scores(self.similarity(self.val, self.val_texts), self.val.clip_of, self.score)
+        return metrics | {"score": metrics["val_t2a_R@1"] + metrics["val_a2t_R@1"]}
+
+
+def cosine_matrix(rows: Float[Tensor, "row dim"], columns: Float[Tensor, "clip dim"]) -> Float[Tensor, "row clip"]:
+    """Cosine similarity of every row with every column."""
+    return nn.functional.normalize(rows, dim=-1) @ nn.functional.normalize(columns, dim=-1).T
+
+
+@dataclass
+class Tagging:
+    """Clips and the labels they carry, as PANNs were pretrained (Kong et al. 2020): binary cross-entropy per label."""
+
+    model: Panns
+    features: Features
+    n_rows: int
+    clip_ids: Sequence[str]
+    tags: Float[Tensor, "clip label"]
+    device: torch.device
+
+    def loss(self, items: np.ndarray, epoch: int, generator: torch.Generator) -> tuple[Tensor, Mapping[str, float]]:
+        logmel, valid = self.features.read([self.clip_ids[i] for i in items], self.n_rows)
+        found = self.model.tags(self.model(logmel.to(self.device), valid.to(self.device)))
+        wanted = self.tags[torch.from_numpy(items)].to(self.device)
+        # summed over labels: a mean over hundreds of mostly absent ones would hardly move the network
+        return nn.functional.binary_cross_entropy(found.clamp(1e-6, 1 - 1e-6), wanted) * wanted.shape[1], {}
+
+    def validate(self) -> Mapping[str, float]:
+        return {"score": 0.0}  # the last weights are taken; what they are worth shows in what is trained from them
+
+
+@dataclass
+class TextToAudio:
+    """Paper A: PANNs and BERT, a pooling and a loss (Xin et al. 2023)."""
+
+    model: TextAudio
+    tokenize: Callable[[Sequence[str]], Any]
+    loss_of: Callable[[Tensor], Tensor]
+    features: Features
+    n_rows: int
+    train: Captions
+    val: Captions
+    score: Score
+    device: torch.device
+    batch: int = 32
+
+    def loss(self, items: np.ndarray, epoch: int, generator: torch.Generator) -> tuple[Tensor, Mapping[str, float]]:
+        logmel, valid = self.features.read([self.train.clip_ids[i] for i in items], self.n_rows)
+        audio = self.model.encode_audio(logmel.to(self.device), valid.to(self.device))
+        text = self.model.encode_text(self._tokens([self.train.texts[c] for c in self.train.draw(items, generator)]))
+        sim = self.model.similarity(text, audio)
+        return self.loss_of(sim), {"diagonal": float(sim.detach().diagonal().mean())}
+
+    def similarity(self, captions: Captions) -> np.ndarray:
+        """(caption, clip) cosine similarities of a whole split. Frames of all clips are held in memory once."""
+        frames, masks, texts = [], [], []
+        for i in range(0, len(captions.clip_ids), self.batch):
+            logmel, valid = self.features.read(captions.clip_ids[i : i + self.batch], self.n_rows)
+            audio = self.model.encode_audio(logmel.to(self.device), valid.to(self.device))
+            frames.append(audio.frames)
+            masks.append(audio.mask)
+        for i in range(0, len(captions.texts), 4 * self.batch):
+            texts.append(self.model.encode_text(self._tokens(captions.texts[i : i + 4 * self.batch])))
+        audio = AudioFeatures(None, torch.cat(frames), torch.cat(masks))
+        return self.model.score(torch.cat(texts), audio).float().cpu().numpy()
+
+    def validate(self) -> Mapping[str, float]:
+        metrics = text_scores(self.similarity(self.val), self.val.clip_of, self.score)
+        return metrics | {"score": sum(metrics.values())}
+
+    def _tokens(self, texts: Sequence[str]) -> Any:
+        return {k: v.to(self.device) for k, v in self.tokenize(texts).items()}

@@ -1,0 +1,19 @@
+"""Shapes and types of the whole library are checked at run time in tests, and only there (jaxtyping, beartype)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import jaxtyping
+import pytest
+
+# before any test module imports harken; the tower is PEP 484's: a function of a float takes an int
+jaxtyping.install_import_hook("harken", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
+
+
+@pytest.fixture
+def unchecked() -> Iterator[None]:
+    """No type checks: for tests of how functions refuse what their annotations already rule out."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

@@ -1,0 +1,35 @@
+"""The corridor's fixture: every stage run once, shared by all tests here."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from harken.stages import STAGES
+
+sys.path.insert(0, str(Path(__file__).parent))  # what several test modules share is in corridor.py
+from corridor import Corridor, tiny_params
+
+# what can run side by side does: starting a process is most of the time that a tiny stage takes
+WAVES = (
+    ("lists",),
+    ("catalog",),
+    ("weights", "download"),
+    ("audit", "extract"),
+    ("stats", "embed"),
+    ("pretrain", "train"),
+    ("finetune",),
+    ("evaluate",),
+    ("report",),
+)
+assert {s for wave in WAVES for s in wave} == set(STAGES)
+
+
+@pytest.fixture(scope="session")
+def corridor(tmp_path_factory: pytest.TempPathFactory) -> Corridor:
+    found = Corridor(tmp_path_factory.mktemp("corridor"), tiny_params())
+    found.write()
+    found.run_all(WAVES)
+    return found

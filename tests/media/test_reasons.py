@@ -1,0 +1,191 @@
+from __future__ import annotations
+
+import pytest
+
+from harken.errors import ConfigError
+from harken.media.reasons import REASONS, classify, group, normalise
+
+# (message, facts, code): YouTube's and yt-dlp's own words, a row of the taxonomy at a time, traps beside them
+CASES = [
+    (
+        "ERROR: [youtube] -PJHxphWEs1: Sign in to confirm you\u2019re not a bot. Use --cookies-from-browser or",
+        {},
+        "session.bot_check",
+    ),
+    ("Sign in to confirm you're not a bot", {}, "session.bot_check"),
+    (
+        "Video unavailable. This content isn't available, try again later. The current session has been rate-limited "
+        "by YouTube for up to an hour",
+        {},
+        "session.rate_limited",
+    ),
+    ("Video unavailable. This content isn\u2019t available, try again later.", {}, "session.rate_limited"),
+    ("Video unavailable. YouTube is requiring a captcha challenge before playback", {}, "session.captcha"),
+    ("All player responses are invalid. Your IP is likely being blocked by Youtube", {}, "session.ip_blocked"),
+    ("Unable to download API page: HTTP Error 429: Too Many Requests", {}, "session.http_429"),
+    ("Video unavailable", {"http_status": 429}, "session.http_429"),
+    ("HTTP Error 429", {"where": "media"}, "session.http_429"),
+    ("This content isn't available.", {}, "session.suspect"),
+    ("The page needs to be reloaded", {}, "session.suspect"),
+    ("Unable to download webpage: HTTP Error 403: Forbidden", {}, "session.suspect"),
+    ("Failed to extract any player response", {}, "tool.extractor_broken"),
+    ("Unable to extract yt initial data", {}, "tool.extractor_broken"),
+    ("No video formats found!", {}, "tool.extractor_broken"),
+    ("WARNING: n challenge solving failed: some formats may be missing", {}, "tool.extractor_broken"),
+    ("No supported JavaScript runtime could be found", {}, "tool.extractor_broken"),
+    (
+        "'NoneType' object is not subscriptable",
+        {"expected": False, "exception": "ExtractorError"},
+        "tool.extractor_broken",
+    ),
+    ("Requested format is not available. Use --list-formats", {}, "tool.no_format"),
+    (
+        "Video unavailable. This video is no longer available because the YouTube account associated with this video "
+        "has been terminated.",
+        {},
+        "gone.account_terminated",
+    ),
+    (
+        "Video unavailable. This video is no longer available because the uploader has closed their YouTube account.",
+        {},
+        "gone.account_closed",
+    ),
+    ("Video unavailable. This video has been removed by the uploader", {}, "gone.removed_uploader"),
+    ("This video has been removed by the user", {}, "gone.removed_uploader"),
+    ("This video has been removed for violating YouTube\u2019s policy on spam", {}, "gone.removed_policy"),
+    ("This video has been removed for violating YouTube's Terms of Service", {}, "gone.removed_policy"),
+    ("This video has been removed for violating YouTube's Community Guidelines.", {}, "gone.removed_policy"),
+    ("Video unavailable. This video is no longer available due to a copyright claim by X.", {}, "gone.copyright_claim"),
+    (
+        "Video unavailable. This video contains content from X, who has blocked it on copyright grounds",
+        {},
+        "gone.copyright_blocked",
+    ),
+    (
+        "Video unavailable. This video contains content from X, who has blocked it in your country on copyright "
+        "grounds",
+        {},
+        "denied.copyright_country",
+    ),
+    ("The uploader has not made this video available in your country", {}, "denied.geo"),
+    ("Video unavailable", {"exception": "GeoRestrictedError", "countries": ["DE"]}, "denied.geo"),
+    ("Private video. Sign in if you've been granted access to this video. Use --cookies", {}, "gone.private"),
+    ("Video unavailable. This video is private", {}, "gone.private"),
+    ("Sign in to confirm your age. This video may be inappropriate for some users.", {}, "denied.age"),
+    ("This video is age-restricted", {}, "denied.age"),
+    ("Join this channel to get access to members-only content like this video", {}, "denied.members"),
+    ("This video is available to this channel's members on level: Fan", {}, "denied.members"),
+    ("This video requires payment to watch", {}, "denied.paid"),
+    ("Please sign in", {}, "denied.login"),
+    ("Premieres in 3 hours", {}, "live.upcoming"),
+    ("This live event will begin in 2 days.", {}, "live.upcoming"),
+    ("This live event has ended.", {}, "live.ended"),
+    ("This live stream recording is not available.", {}, "live.ended"),
+    ("We're processing this video. Check back later.", {}, "live.processing"),
+    ("This video is DRM protected", {}, "denied.drm"),
+    ("Video unavailable. This video is not available", {}, "denied.client"),
+    ("The following content is not available on this app.", {}, "denied.client"),
+    ("ERROR: [youtube] abcdefghijk: Video unavailable", {}, "gone.unspecified"),
+    ("Video unavailable.", {}, "gone.unspecified"),
+    ("\x1b[0;31mERROR:\x1b[0m [youtube] abcdefghijk: This video is unavailable", {}, "gone.unspecified"),
+    (
+        "Unable to download webpage: <urlopen error [Errno -2] Name or service not known>",
+        {"exception": "TransportError"},
+        "net.dns",
+    ),
+    ("[Errno 111] Connection refused", {"exception": "TransportError"}, "net.connect"),
+    ("something odd on the wire", {"exception": "TransportError"}, "net.connect"),
+    ("The read operation timed out", {"exception": "TransportError"}, "net.timeout"),
+    ("", {"exception": "TimeoutError"}, "net.timeout"),
+    ("[SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed", {}, "net.tls"),
+    ("[Errno 104] Connection reset by peer", {}, "net.reset"),
+    ("Remote end closed connection without response", {"exception": "RemoteDisconnected"}, "net.reset"),
+    ("HTTP Error 503: Service Unavailable", {}, "net.5xx"),
+    ("Video unavailable?", {"http_status": 500}, "net.5xx"),
+    ("Giving up after 1 retries", {}, "net.5xx"),
+    ("HTTP Error 403: Forbidden", {"http_status": 403, "where": "media"}, "media.403"),
+    ("unable to download video data: HTTP Error 403: Forbidden", {}, "media.403"),
+    ("HTTP Error 404: Not Found", {"where": "media"}, "media.404"),
+    ("HTTP Error 410: Gone", {"where": "media"}, "media.410"),
+    ("HTTP Error 416: Range", {"where": "media"}, "media.416"),
+    ("HTTP Error 404: Not Found", {"where": "extract"}, "gone.unspecified"),
+    ("2293760 bytes read, 7348002 more expected", {"where": "media"}, "media.truncated"),
+    ("IncompleteRead(5 bytes read)", {"where": "extract"}, "net.reset"),
+    ("Invalid data found when processing input", {"exception": "InvalidDataError"}, "media.not_media"),
+    ("[Errno 28] No space left on device", {"exception": "OSError"}, "local.disk"),
+    ("", {"exception": "MemoryError"}, "local.oom"),
+    ("list index out of range", {"exception": "IndexError"}, "local.bug"),
+    ("Something YouTube has never said before", {}, "unknown.unmapped"),
+    ("", {}, "unknown.unmapped"),
+]
+
+
+@pytest.mark.parametrize(("message", "facts", "code"), CASES, ids=[f"{c}-{i}" for i, (_, _, c) in enumerate(CASES)])
+def test_each_message_has_its_reason(message: str, facts: dict[str, object], code: str) -> None:
+    assert classify(message, **facts).code == code
+
+
+def test_every_reason_that_a_message_can_have_is_tested() -> None:
+    by_our_own_checks = {
+        "media.no_range", "media.empty", "qc.past_end", "qc.short", "qc.no_audio", "qc.no_video", "qc.silent",
+        "qc.frozen", "qc.id_mismatch", "local.killed", "folder.absent",
+    }  # fmt: skip
+    assert {code for _, _, code in CASES} == set(REASONS) - by_our_own_checks
+
+
+def test_the_start_of_a_message_is_never_enough() -> None:
+    rate_limited = classify("Video unavailable. This content isn't available, try again later")
+    assert rate_limited.code.startswith("session.")
+    assert rate_limited.retry == "session"
+    assert rate_limited.about == "us"
+    assert group(rate_limited.code) == "ours"
+    bare = classify("Video unavailable")
+    assert group(bare.code) == "unknown"
+    assert bare.retry == "later"
+
+
+def test_a_ledger_row_may_be_passed_whole() -> None:
+    row = {
+        "http_status": None,
+        "where": "extract",
+        "duration_s": 12.0,
+        "client": "web",
+        "exception": "ExtractorError",
+        "expected": True,
+    }
+    assert classify("Private video", **row).code == "gone.private"
+
+
+def test_groups_cover_every_reason() -> None:
+    groups = {code: group(code) for code in REASONS}
+    assert set(groups.values()) == {"gone", "denied", "content", "ours", "unknown", "absent"}
+    assert {c for c, g in groups.items() if g == "gone"} == {c for c in REASONS if c.startswith("gone.")} - {
+        "gone.unspecified"
+    }
+    assert groups["denied.copyright_country"] == "denied"
+    assert groups["folder.absent"] == "absent"
+    assert groups["qc.silent"] == groups["media.truncated"] == "content"
+    assert (
+        groups["session.bot_check"]
+        == groups["net.timeout"]
+        == groups["tool.no_format"]
+        == groups["local.oom"]
+        == "ours"
+    )
+    assert all(code == reason.code for code, reason in REASONS.items())
+
+
+def test_an_unknown_code_is_refused_with_a_guess() -> None:
+    with pytest.raises(ConfigError, match=r"unknown name 'gone.privat'. Did you mean 'gone.private'\?"):
+        group("gone.privat")
+
+
+def test_messages_are_normalised_for_the_ledger() -> None:
+    raw = (
+        "\x1b[0;31mERROR:\x1b[0m [youtube] --PJHxphWEs: Sign in to confirm you\u2019re not a bot. Use --cookies\n see x"
+    )
+    assert normalise(raw) == "Sign in to confirm you're not a bot"
+    assert (
+        normalise("[Errno 111] refused by 10.1.2.3 at https://a.b/c?sig=1")
+        == "[Errno 111] refused by <address> at <url>"
+    )

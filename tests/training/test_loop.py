@@ -1,0 +1,214 @@
+"""`fit` ends with the same bytes wherever it was stopped, refuses a loss that is not finite, keeps the right epoch."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from harken.errors import DataError
+from harken.training.batches import Order
+from harken.training.loop import Plan, fit, fold
+from harken.training.optim import warmup_cosine, weight_bias_groups
+from harken.training.state import TrainState
+
+N, BATCH, EPOCHS = 10, 4, 3
+STEPS = EPOCHS * 3
+
+
+class Killed(BaseException):
+    """What a SIGKILL would do, as far as a function can tell."""
+
+
+class Regression:
+    """A small task with everything that could spoil a resume: dropout, batch statistics and draws of its own."""
+
+    def __init__(self, kill_at: int = -1, kill_in_validation: int = -1, bad: dict[int, float] | None = None) -> None:
+        torch.manual_seed(3)
+        self.model: nn.Module = nn.Sequential(
+            nn.Linear(3, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.5), nn.Linear(8, 1)
+        )
+        g = torch.Generator().manual_seed(4)
+        self.x, self.y = torch.randn(N, 3, generator=g), torch.randn(N, 1, generator=g)
+        self.kill_at, self.kill_in_validation, self.bad = kill_at, kill_in_validation, bad or {}
+        self.step = itertools.count()
+        self.n_validations = itertools.count()
+        self.scores: list[float] | None = None
+
+    def loss(self, items: np.ndarray, epoch: int, generator: torch.Generator) -> tuple[Tensor, Mapping[str, float]]:
+        step = next(self.step)
+        if step == self.kill_at:
+            raise Killed
+        noise = torch.randn(len(items), 3, generator=generator)
+        out = self.model(self.x[items] + 0.1 * noise)
+        loss = (out - self.y[items]).square().mean()
+        return loss * self.bad.get(step, 1.0), {"noise": float(noise.mean())}
+
+    def validate(self) -> Mapping[str, float]:
+        n = next(self.n_validations)
+        if n == self.kill_in_validation:
+            raise Killed
+        score = self.scores[n] if self.scores else -float((self.model(self.x) - self.y).square().mean())
+        return {"val_error": -score, "score": score}
+
+
+def run(folder: Path, task: Regression, **changes: Any) -> TrainState:
+    optimizer = torch.optim.Adam(weight_bias_groups(task.model, lr_weight=0.05, lr_bias=0.01))
+    order = Order(N, BATCH, 5)
+    factor = partial(
+        warmup_cosine, steps_per_epoch=order.steps_per_epoch, epochs=EPOCHS, warmup_epochs=1, base=1.0, final=0.1
+    )
+    values: dict[str, Any] = {"epochs": EPOCHS, "seed": 5, "lr_factor": factor, "clip_norm": 1.0}
+    plan = Plan(**(values | {"checkpoint_every": 1, "select": "best"} | changes))
+    return fit(task, optimizer, order, plan, folder, "toy")
+
+
+def weights(task: Regression) -> dict[str, Tensor]:
+    return {k: v.clone() for k, v in task.model.state_dict().items()}
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainState, dict[str, Tensor], bytes]:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    task = Regression()
+    state = run(folder, task)
+    return state, weights(task), (folder / "state.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("every", [1, 2])
+@pytest.mark.parametrize("kill_at", range(STEPS))
+def test_a_run_stopped_at_any_step_ends_with_the_same_bytes(
+    every: int, kill_at: int, tmp_path: Path, undisturbed: tuple[TrainState, dict[str, Tensor], bytes]
+) -> None:
+    with pytest.raises(Killed):
+        run(tmp_path, Regression(kill_at=kill_at), checkpoint_every=every)
+    task = Regression()
+    state = run(tmp_path, task, checkpoint_every=every)
+    assert state == undisturbed[0]
+    assert same(weights(task), undisturbed[1])
+    assert (tmp_path / "state.safetensors").read_bytes() == undisturbed[2]
+
+
+@pytest.mark.parametrize("epoch", range(EPOCHS))
+def test_a_run_stopped_in_validation_too(
+    epoch: int, tmp_path: Path, undisturbed: tuple[TrainState, dict[str, Tensor], bytes]
+) -> None:
+    with pytest.raises(Killed):
+        run(tmp_path, Regression(kill_in_validation=epoch))
+    task = Regression()
+    assert run(tmp_path, task) == undisturbed[0]
+    assert same(weights(task), undisturbed[1])
+
+
+def test_a_run_stopped_again_and_again(
+    tmp_path: Path, undisturbed: tuple[TrainState, dict[str, Tensor], bytes]
+) -> None:
+    for _ in range(STEPS - 1):  # each gets one step further than the last
+        with pytest.raises(Killed):
+            run(tmp_path, Regression(kill_at=1))
+    task = Regression()
+    assert run(tmp_path, task) == undisturbed[0]
+    assert same(weights(task), undisturbed[1])
+
+
+def test_a_run_that_is_done_does_no_step(tmp_path: Path) -> None:
+    run(tmp_path, Regression())
+    task = Regression(kill_at=0, kill_in_validation=0)
+    assert run(tmp_path, task).step == STEPS
+
+
+def test_the_history_has_a_row_an_epoch(undisturbed: tuple[TrainState, dict[str, Tensor], bytes]) -> None:
+    history = undisturbed[0].history
+    assert [r["epoch"] for r in history] == list(range(EPOCHS))
+    assert all(list(r) == ["epoch", "loss", "noise", "val_error", "score"] for r in history)
+
+
+@pytest.mark.parametrize(
+    ("bad", "says"),
+    [(math.nan, "the loss is nan at epoch 1, step 4"), (math.inf, "the loss is inf at epoch 1, step 4")],
+)
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(bad: float, says: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=says) as e:
+        run(tmp_path, Regression(bad={4: bad}))
+    path = tmp_path / "state.safetensors"
+    assert f"The last good state is {path}. Lower the learning rate" in str(e.value)
+    fine, task = tmp_path / "fine", Regression(kill_at=4)
+    with pytest.raises(Killed):
+        run(fine, task)
+    assert path.read_bytes() == (fine / "state.safetensors").read_bytes()
+
+
+class RootAtZero(Regression):
+    """A finite loss whose gradient is not: a square root at 0."""
+
+    def loss(self, items: np.ndarray, epoch: int, generator: torch.Generator) -> tuple[Tensor, Mapping[str, float]]:
+        loss, extra = super().loss(items, epoch, generator)
+        weight = self.model[0].weight  # type: ignore[index]
+        return loss + (0 * weight).sum().sqrt(), extra
+
+
+def test_a_gradient_that_is_not_finite_stops_before_it_spoils_the_weights(tmp_path: Path) -> None:
+    task = RootAtZero()
+    before = weights(task)
+    with pytest.raises(DataError, match=r"the gradient's norm is nan at epoch 0, step 0. No state was kept yet"):
+        run(tmp_path, task)
+    assert all(torch.equal(p, before[k]) for k, p in task.model.named_parameters())
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("select", "scores", "epoch"),
+    [("best", [1.0, 3.0, 2.0], 1), ("best", [3.0, 3.0, 1.0], 0), ("last", [3.0, 2.0, 1.0], 2)],
+)
+def test_the_epoch_that_was_chosen_is_left_in_the_model(
+    select: str, scores: list[float], epoch: int, tmp_path: Path
+) -> None:
+    task = Regression()
+    task.scores = scores
+    seen = []
+    validate = task.validate
+
+    def noting() -> Mapping[str, float]:
+        seen.append(weights(task))
+        return validate()
+
+    task.validate = noting  # type: ignore[method-assign]
+    state = run(tmp_path, task, select=select)
+    assert (state.best_epoch, state.best) == (epoch, scores[epoch])
+    assert same(weights(task), seen[epoch])
+    assert not task.model.training
+
+
+def test_every_group_follows_the_schedule_from_its_own_peak(tmp_path: Path) -> None:
+    task, rates = Regression(), []
+    optimizer = torch.optim.Adam(weight_bias_groups(task.model, lr_weight=0.05, lr_bias=0.01))
+    step = optimizer.step
+
+    def noting() -> None:
+        rates.append([g["lr"] for g in optimizer.param_groups])
+        step()
+
+    optimizer.step = noting  # type: ignore[method-assign]
+    plan = Plan(1, 5, lambda s: s / 2, None, 1, "last")
+    fit(task, optimizer, Order(N, BATCH, 5), plan, tmp_path, "toy")
+    assert rates == [[0.0, 0.0], [0.025, 0.005], [0.05, 0.01]]
+
+
+def test_seeds_are_folded_into_63_bits() -> None:
+    seeds = [fold(20, step) for step in range(1000)]
+    assert len(set(seeds)) == 1000
+    assert all(0 <= s < 2**63 for s in seeds)
+    assert fold("a", 1) != fold("a1")
+    assert fold(20, 3) == 6_371_488_964_718_832_137

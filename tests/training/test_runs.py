@@ -1,0 +1,101 @@
+"""Runs: which are done, which are dropped, and what each leaves."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from harken.errors import ConfigError, DataError
+from harken.training.runs import (
+    device,
+    finish,
+    folder_of,
+    load_model,
+    publish_runs,
+    run_name,
+    runs_in,
+    seeds_times,
+    unfinished,
+)
+from harken.training.state import TrainState
+
+STATE = TrainState(6, 12.5, 1, [{"epoch": 0, "loss": 1.5, "score": 3.0}, {"epoch": 1, "loss": 1.0, "score": 12.5}])
+
+
+def done(work: Path, run: str, mark: str) -> nn.Module:
+    folder = folder_of(work, run, mark)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "state.safetensors").touch()
+    torch.manual_seed(0)
+    model = nn.Linear(2, 3)
+    finish(folder, model, STATE, {"recipe": "tap", "seed": 20})
+    return model
+
+
+def test_a_finished_run_keeps_its_weights_curve_and_facts(tmp_path: Path) -> None:
+    model = done(tmp_path, "tap-20", "abc")
+    folder = tmp_path / "tap-20.abc"
+    assert sorted(p.name for p in folder.iterdir()) == ["history.csv", "model.safetensors", "run.json"]
+    rows = list(csv.DictReader((folder / "history.csv").open()))
+    assert [float(r["score"]) for r in rows] == [3.0, 12.5]
+    publish_runs(tmp_path, tmp_path / "out", {"tap-20": "abc"})
+    (facts,) = runs_in(tmp_path / "out")
+    assert facts == {
+        "run": "tap-20",
+        "recipe": "tap",
+        "seed": 20,
+        "steps": 6,
+        "best_epoch": 1,
+        "best_score": 12.5,
+    }
+    other = load_model(tmp_path / "out", "tap-20", nn.Linear(2, 3).train())
+    assert all(torch.equal(a, b) for a, b in zip(other.parameters(), model.parameters(), strict=True))
+    assert not other.training
+
+
+def test_equal_runs_are_equal_bytes(tmp_path: Path) -> None:
+    for mark in ("a", "b"):
+        done(tmp_path, "tap-20", mark)
+    for name in ("history.csv", "model.safetensors", "run.json"):
+        assert (tmp_path / "tap-20.a" / name).read_bytes() == (tmp_path / "tap-20.b" / name).read_bytes()
+
+
+def test_what_is_done_is_not_done_again_and_what_nobody_wants_goes(tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    done(work, "tap-20", "abc")
+    done(work, "old-20", "abc")
+    done(work, "mean-20", "old")
+    (work / "begun-20.abc").mkdir()
+    (work / "begun-20.abc" / "state.safetensors").touch()
+    marks = {"tap-20": "abc", "mean-20": "new", "begun-20": "abc"}
+    assert unfinished(work, marks) == ["mean-20", "begun-20"]
+    assert sorted(p.name for p in work.iterdir()) == ["begun-20.abc", "tap-20.abc"]
+    assert (work / "begun-20.abc" / "state.safetensors").exists()
+
+
+def test_an_unknown_run_is_met_with_those_there_are(tmp_path: Path) -> None:
+    done(tmp_path, "tap-20", "abc")
+    publish_runs(tmp_path, tmp_path / "out", {"tap-20": "abc"})
+    with pytest.raises(ConfigError, match=r"unknown name 'tab-20'. Did you mean 'tap-20'\? Known: tap-20"):
+        load_model(tmp_path / "out", "tab-20", nn.Linear(2, 3))
+    with pytest.raises(DataError, match=r"model\.safetensors"):
+        load_model(tmp_path / "out", "tap-20", nn.Linear(2, 4))
+    with pytest.raises(DataError, match="no runs here"):
+        runs_in(tmp_path / "none")
+
+
+def test_runs_are_recipes_times_seeds() -> None:
+    assert seeds_times(["a", "b"], [1, 2]) == [("a", 1), ("a", 2), ("b", 1), ("b", 2)]
+    assert run_name("tap_pmr", 20) == "tap_pmr-20"
+
+
+def test_the_device_is_the_environment_s_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HARKEN_DEVICE", "cpu")
+    assert device() == torch.device("cpu")
+    monkeypatch.setenv("HARKEN_DEVICE", "gpu0")
+    with pytest.raises(ConfigError, match="HARKEN_DEVICE='gpu0'"):
+        device()

@@ -1,0 +1,175 @@
+"""The plan: shares, held-out combinations, distractors, captions; no media is made here."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from pydantic import ValidationError
+
+from harken.clips import youtube_id, zenodo_id
+from harken.world.captions import Along, Sound, Then, caption, noun_phrase, paraphrases
+from harken.world.classes import CLASSES, NAMES, is_held_out
+from harken.world.corpus import BROKEN, CLOTHO_BROKEN, CLOTHO_UNAVAILABLE, UNAVAILABLE, grid_times, plan
+from harken.world.records import Record, on_screen, shots, subtract
+
+
+def test_a_plan_depends_on_its_config_alone(small_plan, make_config):
+    assert plan(make_config()) == small_plan
+    assert plan(make_config(seed=6)) != small_plan
+
+
+def test_a_larger_corpus_begins_with_the_smaller_ones_recordings(make_config):
+    small = {r.clip_id: r for r in plan(make_config(unavailable=0.0, broken=0.0))}
+    large = {
+        r.clip_id: r for r in plan(make_config(unavailable=0.0, broken=0.0, n_train=60, n_captioned=20, n_eval=30))
+    }
+    assert set(small) < set(large)
+    assert all(large[i] == r for i, r in small.items())
+
+
+def test_too_few_training_clips_are_refused(make_config):
+    with pytest.raises(ValidationError, match="every AudioCaps clip stands in the unbalanced list"):
+        make_config(n_train=21)
+
+
+def test_classes_have_unique_mids_and_words():
+    assert len(NAMES) >= 28
+    assert len({c.mid for c in CLASSES.values()}) == len({c.display_name for c in CLASSES.values()}) == len(NAMES)
+    assert all(re.fullmatch(r"/m/0[0-9a-z]{5}", c.mid) for c in CLASSES.values())
+
+
+def test_every_reason_occurs_in_about_the_planned_share_and_empties_no_split(default_plan):
+    videos = [r for r in default_plan if r.host == "youtube"]
+    sounds = [r for r in default_plan if r.host == "zenodo"]
+    reasons = Counter(r.reason for r in videos)
+    assert set(reasons) == {"", *UNAVAILABLE, *BROKEN}
+    assert sum(reasons[k] for k in UNAVAILABLE) == round(0.08 * len(videos))
+    assert sum(reasons[k] for k in BROKEN) == round(0.02 * len(videos))
+    assert {r.reason for r in sounds} == {"", *CLOTHO_UNAVAILABLE, *CLOTHO_BROKEN}
+    for part in ({r.audioset for r in videos} - {""}, {r.audiocaps for r in videos} - {""}):
+        for name in part:
+            inside = [r for r in videos if name in (r.audioset, r.audiocaps)]
+            assert 0.8 < np.mean([r.reason == "" for r in inside]) < 1.0
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_no_split_is_emptied_even_where_most_recordings_fail(make_config, seed):
+    records = plan(make_config(seed=seed, unavailable=0.5, broken=0.25, n_val=1, n_test=1, n_clotho_val=1))
+    for field in ("audioset", "audiocaps", "clotho"):
+        for name in {getattr(r, field) for r in records} - {""}:
+            assert any(r.reason == "" for r in records if getattr(r, field) == name)
+
+
+def test_ids_are_unique_and_some_begin_with_a_dash_or_underscore(default_plan):
+    keys = [r.key for r in default_plan if r.host == "youtube"]
+    assert len(set(keys)) == len(keys)
+    assert all(re.fullmatch(r"[0-9A-Za-z_-]{11}", k) for k in keys)
+    assert {"-", "_"} <= {k[0] for k in keys}
+    assert any(k.startswith("--") for k in keys)
+    assert len({r.clip_id for r in default_plan}) == len(default_plan)
+    for r in default_plan:
+        if r.host == "youtube":
+            assert r.clip_id == youtube_id(r.key, r.start_s, r.end_s)
+        else:
+            assert r.clip_id == zenodo_id("4783391", f"clotho_audio_{r.clotho}", r.key)
+
+
+def test_audiocaps_clips_are_ten_whole_seconds_of_the_unbalanced_list(default_plan):
+    captioned = [r for r in default_plan if r.audiocaps]
+    assert all(r.audioset == "unbalanced_train" and r.length_s == 10 and r.start_s == int(r.start_s) for r in captioned)
+    assert {r.audiocaps: len(r.captions) for r in captioned} == {"train": 1, "val": 5, "test": 5}
+    others = [r for r in default_plan if r.audioset and not r.audiocaps]
+    assert any(r.length_s < 10 for r in others)
+    assert any(r.start_s != int(r.start_s) for r in others)
+    assert all(3 <= r.length_s <= 10 for r in others)
+
+
+def test_test_clips_hold_combinations_that_no_training_clip_holds(default_plan):
+    def combinations(*parts: str) -> set[frozenset[str]]:
+        return {
+            frozenset(r.labels)
+            for r in default_plan
+            if (r.audiocaps or r.clotho or r.audioset) in parts and len(r.labels) > 1
+        }
+
+    seen = combinations("train", "unbalanced_train", "development")
+    unseen = combinations("test", "eval", "evaluation")
+    assert len(unseen) > 100
+    assert not seen & unseen
+    assert all(is_held_out(*c) for c in unseen)
+    assert not any(is_held_out(*c) for c in seen)
+
+
+def test_every_class_is_trained_on(default_plan):
+    counts = Counter(label for r in default_plan if r.audiocaps == "train" and not r.reason for label in r.labels)
+    assert set(counts) == set(NAMES)
+    assert min(counts.values()) >= 4
+
+
+def test_events_cover_the_clip_and_distractors_lie_in_a_third_of_the_clips(default_plan):
+    videos = [r for r in default_plan if r.host == "youtube"]
+    for r in videos:
+        t = (np.arange(200) + 0.5) / 200 * r.length_s
+        heard = [any(e.sounds and e.start_s <= x < e.end_s for e in r.events) for x in t]
+        assert np.mean(heard) >= 0.75
+        assert 1 <= len(r.labels) <= 3
+        assert all(0 <= e.start_s < e.end_s <= r.length_s + 1e-6 for e in r.events)
+    distracted = [any(not e.sounds or not e.shown for e in r.events) for r in videos]
+    assert 0.28 < np.mean(distracted) < 0.45
+    seen = Counter()
+    for r in videos:
+        shown = [on_screen(r, t) for t in grid_times(r.length_s)]
+        seen.update("none" if not s else "right" if any(e.sounds for e in s) else "wrong" for s in shown)
+        assert any(e.sounds for s in shown for e in s), "a clip without a single right image"
+    total = sum(seen.values())
+    assert seen["right"] / total > 0.7
+    assert 0.05 < seen["wrong"] / total < 0.2
+
+
+def test_a_distractor_is_never_on_screen_beside_a_sounding_class(default_plan: list[Record]):
+    for r in default_plan:
+        for s in shots(r):
+            middle = on_screen(r, (s.start_s + s.end_s) / 2 - r.start_s)
+            assert len({e.sounds for e in middle}) <= 1
+
+
+def test_shots_tile_the_recording(default_plan):
+    for r in default_plan[:200]:
+        found = shots(r)
+        assert found[0].start_s == 0
+        assert found[-1].end_s == r.duration_s
+        assert all(a.end_s == b.start_s for a, b in pairwise(found))
+        assert all(s.end_s - s.start_s <= 4.0001 for s in found)
+
+
+def test_subtract_cuts_holes_and_drops_slivers():
+    assert subtract(((0.0, 10.0),), (4.0, 6.0)) == ((0.0, 4.0), (6.0, 10.0))
+    assert subtract(((0.0, 10.0),), (0.05, 6.0)) == ((6.0, 10.0),)
+    assert subtract(((0.0, 3.0),), (0.0, 3.0)) == ()
+
+
+def test_captions_tell_order_simultaneity_and_size():
+    rng = np.random.default_rng(0)
+    dog, bell, rain = Sound("dog", "big"), Sound("bell", "small"), Sound("rain", "big")
+    for _ in range(200):
+        text = caption(Then((dog, bell)), rng)
+        after = " after " in text
+        assert (text.index("dog") < text.index("bell")) != after
+        assert re.search(r"\b(then|before|after|followed)\b", text)
+        assert re.search(r"\b(while|as|background|same time)\b", caption(Along(dog, rain), rng))
+        everything = caption(Along(Then((dog, bell)), rain), rng)
+        assert all(word in everything for word in ("dog", "bell", "rain"))
+    assert noun_phrase(dog, True) == "a big dog"
+    assert noun_phrase(rain, True) == "heavy rain"
+    assert noun_phrase(Sound("ambulance", "small"), True) == "a small ambulance"
+    assert noun_phrase(Sound("ambulance", "small"), False) == "an ambulance"
+
+
+def test_paraphrases_of_a_pair_differ():
+    rng = np.random.default_rng(1)
+    assert len(set(paraphrases(Then((Sound("dog", "big"), Sound("cat", "big"))), 5, rng))) == 5
+    assert len(paraphrases(Sound("frog", "big"), 5, rng)) == 5
