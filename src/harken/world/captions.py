@@ -109,31 +109,13 @@ def _say_along(scene: Along, rng: np.random.Generator, size_share: float) -> str
     return str(rng.choice(forms)).format(m=inner, o=other, n=nominal)
 
 
-PLACE_SHARE = 0.2  # of the captions that say where
-WHERE = {
-    "field": ("in a green field", "on a meadow"),
-    "street": ("on a street", "between houses"),
-    "room": ("in a room", "indoors"),
-    "hills": ("in the hills", "among rolling hills"),
-    "night": ("at night", "under the stars"),
-    "beach": ("on a beach", "by the water"),
-}
-"""How a caption names each of the places that pictures are drawn in and whose hush is under every sound."""
-
-
-def placed(text: str, place: str, rng: np.random.Generator, share: float) -> str:
-    """`text`, with the probability `share` followed by where it is."""
-    return f"{text} {rng.choice(WHERE[place])}" if rng.random() < share else text
-
-
-def paraphrases(scene: Scene, n: int, rng: np.random.Generator, place: str | None = None) -> tuple[str, ...]:
-    """`n` captions of one scene, different from each other as far as the grammar allows; some name the `place`."""
+def paraphrases(scene: Scene, n: int, rng: np.random.Generator) -> tuple[str, ...]:
+    """`n` captions of one scene, different from each other as far as the grammar allows."""
     found: list[str] = []
     for _ in range(12 * n):
         if len(found) == n:
             break
         text = caption(scene, rng)
-        text = text if place is None else placed(text, place, rng, PLACE_SHARE)
         if text not in found:
             found.append(text)
     while len(found) < n:  # a lone sound has few phrasings; real corpora repeat captions as well

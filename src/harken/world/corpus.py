@@ -168,7 +168,7 @@ def _record(cfg: WorldConfig, group: _Group, i: int, reason: str, taken: set[str
     events = _events(scene, length_s, rng)
     events = _distract(events, length_s, rng) if group.host == "youtube" else _hear_only(events)
     decoys = _decoys(start_s, length_s, duration_s, {e.name for e in events}, rng)
-    captions = paraphrases(scene, group.n_captions, rng, place) if group.n_captions else ()
+    captions = paraphrases(scene, group.n_captions, rng) if group.n_captions else ()
     labels = tuple(dict.fromkeys(e.name for e in events if e.sounds))
     rate = (cfg.fps, 1)
     if i % 31 == 5:
@@ -200,7 +200,7 @@ def _record(cfg: WorldConfig, group: _Group, i: int, reason: str, taken: set[str
         events=events,
         decoys=decoys,
         place=place,
-        background_db=float(rng.uniform(-40, -34)),
+        background_db=float(rng.uniform(-50, -40)),
         n_channels=2 if is_video and rng.random() < 0.2 else 1,
         width=cfg.width,
         height=cfg.height,

@@ -85,9 +85,7 @@ def soundtrack(record: Record) -> Wave:
     if record.reason == "qc.silent":
         return np.zeros((record.n_channels, n), dtype=np.float32)
     rng = record.rng(0)
-    channels = [
-        background(record.place, record.duration_s, record.background_db, rng) for _ in range(record.n_channels)
-    ]
+    channels = [background(record.duration_s, record.background_db, rng) for _ in range(record.n_channels)]
     mix = np.stack([c[:n] for c in channels])
     for event in (*record.events, *record.decoys):
         if not event.sounds:

@@ -449,25 +449,8 @@ def synthesise(class_name: str, size: str, duration_s: float, rng: np.random.Gen
     return np.asarray(out, dtype=np.float32)
 
 
-# where each place hums, hisses or chirps, in Hz: apart from each other, so that the place can be heard
-_HUSH_HZ = {
-    "field": (2_200, 3_200),
-    "street": (40, 140),
-    "room": (190, 300),
-    "hills": (500, 900),
-    "night": (5_200, 6_200),
-    "beach": (9_000, 14_000),
-}
-
-
-def background(place: str, duration_s: float, level_db: float, rng: np.random.Generator) -> Wave:
-    """The quiet noise of a place, under everything: float32 (time,) at RATE_HZ with an RMS of `level_db` dBFS.
-
-    Each place has a band of its own over a common hiss. Raises ConfigError for an unknown place.
-    """
-    if place not in _HUSH_HZ:
-        raise unknown("place", place, _HUSH_HZ)
-    low, high = _HUSH_HZ[place]
-    band, corner_hz = _band(low, high, slope=8.0), float(rng.uniform(150, 900))
-    noise = _noise(rng, max(1, round(duration_s * RATE_HZ)), lambda f: band(f) + 0.02 / (1 + f / corner_hz))
+def background(duration_s: float, level_db: float, rng: np.random.Generator) -> Wave:
+    """The quiet noise of a place, under everything: float32 (time,) at RATE_HZ with an RMS of `level_db` dBFS."""
+    corner_hz = float(rng.uniform(150, 900))
+    noise = _noise(rng, max(1, round(duration_s * RATE_HZ)), lambda f: 1 / (1 + f / corner_hz))
     return noise * np.float32(10 ** (level_db / 20))
