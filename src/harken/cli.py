@@ -34,10 +34,10 @@ FOLDERS = dict(
         (
             "lists",
             "manifest",
-            "weights",
             "media",
             "audit",
             "features",
+            "weights",
             "stats",
             "embeddings",
             "pretrained",

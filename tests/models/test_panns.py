@@ -123,7 +123,7 @@ def test_spec_augment_drops_two_stripes_each_way() -> None:
 
 def test_the_residual_block_pools_before_it_convolves() -> None:
     torch.manual_seed(0)
-    block = ResidualBlock(2, 3, halves=True).eval()
+    block = ResidualBlock(2, 3, halves=True, dropout=0.1).eval()
     torch.nn.init.ones_(block.bn2.weight)
     x = torch.randn(1, 2, 8, 8)
     norm = (1 + 1e-5) ** -0.5

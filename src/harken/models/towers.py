@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -65,7 +65,7 @@ class TextAudio(nn.Module):
         self.audio_projection = _mlp(dims["audio"], dims["hidden"], dims["joint"])
         self.text_projection = _mlp(dims["text"], dims["hidden"], dims["joint"])
 
-    def train(self, mode: bool = True) -> Self:
+    def train(self, mode: bool = True) -> TextAudio:
         """As nn.Module's, but a tower without trainable weights stays in evaluation mode: its batch norm, dropout and
         SpecAugment are frozen with it.
         """

@@ -11,10 +11,10 @@ from harken.errors import unknown
 STAGES = (
     "lists",
     "catalog",
-    "weights",
     "download",
     "audit",
     "extract",
+    "weights",
     "stats",
     "embed",
     "pretrain",

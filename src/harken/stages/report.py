@@ -77,7 +77,7 @@ def _tables(results: list[dict[str, Any]], cfg: ReportConfig) -> list[str]:
 def _claims(paths: Paths, results: list[dict[str, Any]], planted: dict[str, Any], cfg: ReportConfig) -> list[str]:
     lines = ["## What the data say", ""]
     for row, factor in sorted(_chance_factors(results).items(), key=lambda kv: kv[1]):
-        verdict = "at least" if factor >= cfg.chance_factor else "NOT"
+        verdict = "at least" if factor >= cfg.chance_factor - 1e-6 else "NOT"
         lines.append(f"- {row}: R@1 is {factor:.1f} times chance ({verdict} {cfg.chance_factor:g} times).")
     for name, p in planted.items():
         if p["n_clips"]:
