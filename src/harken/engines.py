@@ -102,6 +102,17 @@ def n_workers() -> int:
     return int(given)
 
 
+def _pool_size(n_items: int) -> int:
+    """How many processes for so many items.
+
+    Three runs on two cores would leave one core idle for a whole run; side by side they share both evenly.
+    """
+    workers = n_workers()
+    if not os.environ.get("HARKEN_WORKERS") and workers < n_items < 2 * workers:
+        return n_items
+    return min(workers, n_items)
+
+
 def inline(make: Callable[[Cfg], Callable[[Item], Result]], cfg: Cfg, items: Iterable[Item]) -> Iterator[Result]:
     """Everything in this process, one after the other."""
     call = None
@@ -113,7 +124,7 @@ def inline(make: Callable[[Cfg], Callable[[Item], Result]], cfg: Cfg, items: Ite
 def local(make: Callable[[Cfg], Callable[[Item], Result]], cfg: Cfg, items: Iterable[Item]) -> Iterator[Result]:
     """Spawned processes on this machine; a worker that dies is replaced and its items are done again."""
     todo = deque(items)
-    workers = min(n_workers(), len(todo))
+    workers = _pool_size(len(todo))
     if workers <= 1:
         yield from inline(make, cfg, todo)
         return

@@ -30,7 +30,18 @@ from harken.media.fetchers import FETCHERS
 from harken.media.reasons import REASONS
 from harken.media.section import Section
 from harken.progress import track
-from harken.shards import OK, Outcome, ShardWriter, atomic, fingerprint, ledger, pending, publish_shards
+from harken.shards import (
+    OK,
+    Outcome,
+    ShardWriter,
+    atomic,
+    code_version,
+    file_sha256,
+    fingerprint,
+    ledger,
+    pending,
+    publish_shards,
+)
 
 log = logging.getLogger("harken")
 CODE = ("stages/download.py", "media", "clips.py", "shards.py")
@@ -86,6 +97,8 @@ def run(paths: Paths, cfg: DownloadConfig, map: Map) -> None:
     work = paths.work / "download"
     # neither pace nor patience changes what a shard holds
     asked = cfg.model_dump(exclude={"attempts", "timeout_s", "per_hour"})
+    if _is_world(cfg):  # the built-in corpus keeps its ids when it is drawn anew
+        asked["world"] = [file_sha256(paths.lists / "truth.json"), code_version(("world",))]
     jobs = {}
     for shard in manifest.shards:
         wanted = [(c.id, c.dataset, c.start_s, c.end_s) for c in manifest.requested(shard)]
@@ -105,10 +118,14 @@ def run(paths: Paths, cfg: DownloadConfig, map: Map) -> None:
     _refuse_empty_splits(manifest, ledger(paths.media))
 
 
+def _is_world(cfg: DownloadConfig) -> bool:
+    return any("{world}" in f.at for f in cfg.fetch.values())
+
+
 @contextlib.contextmanager
 def _world(paths: Paths, cfg: DownloadConfig) -> Iterator[str]:
     """The base URL of the built-in corpus' server while it is needed, else an empty string."""
-    if not any("{world}" in f.at for f in cfg.fetch.values()):
+    if not _is_world(cfg):
         yield ""
         return
     from harken.world.server import serve

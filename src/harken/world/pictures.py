@@ -20,7 +20,7 @@ Picture = NDArray[np.uint8]
 
 SCENES = ("field", "street", "room", "hills", "night", "beach")
 _SUPERSAMPLING = 2  # drawn twice as large and averaged: smooth edges, which x264 codes in fewer bits
-_HEIGHT = {"big": (0.80, 0.92), "small": (0.44, 0.54)}  # of the tile's shorter side
+_HEIGHT = {"big": (0.80, 0.92), "small": (0.54, 0.62)}  # of the tile's shorter side
 
 
 class Brush:
@@ -567,8 +567,8 @@ def compose(
             raise unknown("size", how_big, _HEIGHT)
         radius = 0.5 * min(tile_w, tile_h) * float(rng.uniform(*_HEIGHT[how_big]))
         slack_x, slack_y = tile_w / 2 - radius, tile_h / 2 - radius
-        x = left + (k % columns + 0.5) * tile_w + slack_x * float(rng.uniform(-0.8, 0.8))
-        y = top + (k // columns + 0.5) * tile_h + slack_y * float(rng.uniform(-0.7, 0.7))
+        x = left + (k % columns + 0.5) * tile_w + slack_x * float(rng.uniform(-0.5, 0.5))
+        y = top + (k // columns + 0.5) * tile_h + slack_y * float(rng.uniform(-0.5, 0.5))
         DRAWINGS[name](Brush(canvas, x, y, radius, bool(rng.random() < 0.5)), rng)
     return np.asarray(canvas.reduce(_SUPERSAMPLING), dtype=np.uint8)
 
