@@ -7,7 +7,8 @@ ClipError (one clip cannot be used, with its canonical reason; caught in the sha
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 
 class HarkenError(Exception):
@@ -25,16 +26,23 @@ class DataError(HarkenError):
 class ClipError(HarkenError):
     """One clip cannot be used.
 
-    `reason` is a canonical code such as `qc.no_audio` (see `harken.media.reasons`); `message` is what the tool said.
+    `reason` is a canonical code such as `qc.no_audio` (see `harken.media.reasons`); `message` is what the tool said;
+    `facts` is what else is known of the attempt and can be written as JSON (http_status, exception, where, countries,
+    expected, retry_after_s, playability_status).
     """
 
-    def __init__(self, reason: str, message: str = "") -> None:
+    def __init__(self, reason: str, message: str = "", **facts: Any) -> None:
         super().__init__(f"{reason}: {message}" if message else reason)
         self.reason = reason
         self.message = message
+        self.facts = facts
 
-    def __reduce__(self) -> tuple[type[ClipError], tuple[str, str]]:
-        return ClipError, (self.reason, self.message)  # survives the trip back from a worker process
+    def __reduce__(self) -> tuple[Callable[..., ClipError], tuple[str, str, dict[str, Any]]]:
+        return _clip_error, (self.reason, self.message, self.facts)  # survives the trip back from a worker process
+
+
+def _clip_error(reason: str, message: str, facts: dict[str, Any]) -> ClipError:
+    return ClipError(reason, message, **facts)
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
