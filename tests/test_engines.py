@@ -15,6 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
+from harken import engines
 from harken.engines import ENGINES, engine, inline, local, n_workers
 from harken.errors import ClipError, ConfigError, HarkenError
 
@@ -168,6 +169,15 @@ def test_a_bad_number_of_workers_is_refused(given: str, monkeypatch: pytest.Monk
 def test_by_default_there_is_a_worker_per_core(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HARKEN_WORKERS")
     assert n_workers() >= 1
+
+
+@pytest.mark.parametrize(("n_items", "processes"), [(1, 1), (2, 2), (3, 3), (4, 2), (100, 2)])
+def test_no_core_idles_through_a_last_long_item(n_items: int, processes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HARKEN_WORKERS", raising=False)
+    monkeypatch.setattr(engines, "n_workers", lambda: 2)
+    assert engines._pool_size(n_items) == processes
+    monkeypatch.setenv("HARKEN_WORKERS", "2")  # what the user says is a limit
+    assert engines._pool_size(n_items) == min(2, n_items)
 
 
 def test_a_local_cluster_has_the_workers_that_were_asked_for(

@@ -51,6 +51,15 @@ def test_it_learns(towers: clip.Towers) -> None:
     assert np.mean([f == i % 4 for i, f in enumerate(found)]) > 0.9
 
 
+def test_captions_cut_behind_their_end_embed_alike(towers: clip.Towers) -> None:
+    tokens = towers.vocabulary(["a red wall", "a picture of a blue wall"])
+    longest = int(tokens.ne(0).sum(1).max())
+    assert longest < tokens.shape[1]
+    with torch.no_grad():
+        whole, cut = towers.model.encode_text(tokens), clip._encode_text(towers.model, tokens[:, :longest])
+    torch.testing.assert_close(cut, whole)
+
+
 def test_it_is_frozen(towers: clip.Towers) -> None:
     assert not towers.model.training
     assert not any(p.requires_grad for p in towers.model.parameters())
