@@ -9,6 +9,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import typer
 from typer.testing import CliRunner
 
 from harken import __version__
@@ -19,7 +20,9 @@ from harken.shards import ShardWriter
 from harken.stages import STAGES
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = sorted(c.name or c.callback.__name__ for c in app.registered_commands if c.callback)
+TEXT = (ROOT / "params.yaml").read_text()
+AUDIT = TEXT[TEXT.index("\naudit:") : TEXT.index("\nextract:")]
+COMMANDS = sorted(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
 
 
 def keys(n: int) -> list[str]:
@@ -47,6 +50,8 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
                 out.write(clip.id, media=b"x")
             else:
                 out.skip(clip.id, "gone.private" if i < 5 else "qc.silent", "as the host said")
+    (paths.lists / "audioset").mkdir(parents=True)
+    (paths.lists / "audioset/class_labels_indices.csv").write_text('index,mid,display_name\n0,/m/1,"Bark, woof"\n')
     (paths.work / "extract").mkdir(parents=True)
     (paths.work / "extract" / "00000.parquet").touch()
     return tmp_path
@@ -85,13 +90,14 @@ def test_the_version_is_told() -> None:
 
 def test_every_stage_has_its_folder() -> None:
     assert tuple(FOLDERS) == STAGES
-    assert set(FOLDERS.values()) == set(Paths.model_fields) - {"work"}
+    assert set(FOLDERS.values()) == set(Paths.model_fields) - {"work", "ledger", "visits"}
 
 
 def test_status_tells_what_is_done_and_why_clips_failed(project: Path) -> None:
     rows = {r["stage"]: r for r in json.loads(say("status", "--json"))}
     assert tuple(rows) == STAGES
     assert {n: r["state"] for n, r in rows.items() if r["state"] != "not run"} == {
+        "lists": "done",
         "catalog": "done",
         "download": "done",
         "extract": "begun",
@@ -153,7 +159,7 @@ def test_doctor_finds_params_complete(project: Path) -> None:
     [
         ("n_images: 4", "n_image: 4", "extract.n_image: unknown key. Did you mean 'n_images'?"),
         ("\nreport:", "\nreports:", "unknown name 'reports'. Did you mean 'report'?"),
-        ("\naudit: {}", "", "section 'audit' is missing"),
+        (AUDIT, "", "section 'audit' is missing"),
     ],
 )
 def test_doctor_finds_what_is_wrong_in_params(project: Path, old: str, new: str, says: str) -> None:

@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from harken import __version__
+from harken import __version__, acquire
 from harken.config import Config, Paths, load, params_path, read_params
 from harken.errors import ConfigError, DataError, HarkenError, unknown
 from harken.stages import STAGES, config_class
@@ -26,6 +26,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(acquire.app)
 out = Console()
 PRESETS = Path("presets")
 FOLDERS = dict(
@@ -101,6 +102,12 @@ def _stage_status(stage: str, paths: Paths) -> dict[str, Any]:
         row["state"] = (
             "begun"  # killed or failed: finished shards and checkpoints are kept, `dvc repro` goes on from them
         )
+    if stage == "download" and row["state"] != "done":
+        asked = acquire.state_of(paths)
+        failed = asked[asked["reason"] != ""]
+        if len(asked):
+            row["state"], row["ok"], row["failed"] = "begun", int((asked["state"] == OK).sum()), len(failed)
+            row["reasons"] = {str(k): int(n) for k, n in failed["reason"].value_counts().items()}
     if stage in LEDGERS and row["state"] == "done":
         table = ledger(folder)
         reasons = Counter(r for r in table["reason"].to_pylist() if r)
@@ -108,41 +115,6 @@ def _stage_status(stage: str, paths: Paths) -> dict[str, Any]:
         row["failed"] = len(table) - row["ok"]
         row["reasons"] = dict(reasons.most_common())
     return row
-
-
-@app.command(epilog="Example: harken audit --json > audit.json")
-def audit(as_json: AsJson = False) -> None:
-    """What is missing and why, per split, from the download ledger as it is now."""
-    from harken.audit.rates import audit as run_audit
-    from harken.clips import Manifest
-    from harken.media.reasons import group
-    from harken.shards import ledger
-
-    paths = load("paths", Paths)
-    table = Manifest.read(paths.manifest).table
-    found = run_audit(table, ledger(paths.media).to_pandas(), group)
-    if as_json:
-        print(json.dumps(found, indent=1, ensure_ascii=False))
-        return
-    _print_audit(found)
-    page = paths.audit / "audit.html"
-    if page.is_file():
-        out.print(f"\nPage: {page}")
-
-
-def _print_audit(found: dict[str, Any]) -> None:
-    table = Table("dataset", "split", "listed", "ok", "usable", "why not", box=None, header_style="bold")
-    for s in found["splits"]:
-        why = ", ".join(f"{r['reason']} {r['count']}" for r in s["reasons"])
-        usable = s["rates"]["usable"] if s["rates"] else None
-        table.add_row(s["dataset"], s["split"], f"{s['n_total']:,}", f"{s['groups']['ok']:,}", _rate(usable), why)
-    out.print(table)
-
-
-def _rate(rate: dict[str, float] | None) -> str:
-    if rate is None:
-        return "not visited"
-    return f"{100 * rate['rate_low']:.1f} % [{100 * rate['ci_low']:.1f}, {100 * rate['ci_high']:.1f}]"
 
 
 @app.command(epilog="Example: harken preset local --dry-run")

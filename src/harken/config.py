@@ -122,6 +122,7 @@ class Paths(Config):
     manifest: Path
     weights: Path
     media: Path
+    visits: Path
     audit: Path
     features: Path
     stats: Path
@@ -132,3 +133,4 @@ class Paths(Config):
     evaluations: Path
     report: Path
     work: Path
+    ledger: Path

@@ -160,7 +160,7 @@ class ShardWriter:
         for name in self._columns:
             value = values.pop(name)
             row[name] = value
-            _feed(self._digest, value)
+            feed(self._digest, value)
         for name, (width, dtype) in self._specs.items():
             array = np.ascontiguousarray(values.pop(name), dtype)
             if array.ndim != 2 or array.shape[1] != width:
@@ -168,7 +168,7 @@ class ShardWriter:
             row[f"{name}_start"], row[f"{name}_rows"] = self._lengths[name], len(array)
             self._lengths[name] += len(array)
             self._files[name][1].write(array.data)
-            _feed(self._digest, array)
+            feed(self._digest, array)
         if values:
             raise TypeError(f"{clip_id}: columns that this shard does not have: {', '.join(values)}")
         if len(self._rows) >= self._rows_per_group:
@@ -184,7 +184,7 @@ class ShardWriter:
         self._ids.add(outcome.clip_id)
         self.outcomes.append(outcome)
         self._rows.append(dict(outcome._asdict()))
-        _feed(self._digest, list(outcome[:3]))
+        feed(self._digest, list(outcome[:3]))
         return self._rows[-1]
 
     def _flush(self) -> None:
@@ -204,7 +204,7 @@ class ShardWriter:
         return buffer.getvalue()
 
 
-def _feed(digest: Any, value: Any) -> None:
+def feed(digest: Any, value: Any) -> None:
     """Feed `value` to a hash, exactly and with its length, so that no two different rows feed the same bytes."""
     if isinstance(value, np.ndarray):
         digest.update(f"{value.dtype.str}{value.shape}".encode())
@@ -212,7 +212,7 @@ def _feed(digest: Any, value: Any) -> None:
     elif isinstance(value, list | tuple):
         digest.update(b"[%d" % len(value))
         for v in value:
-            _feed(digest, v)
+            feed(digest, v)
     else:
         raw = value if isinstance(value, bytes) else repr(value).encode()
         digest.update(b"%d:" % len(raw))

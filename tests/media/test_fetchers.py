@@ -17,6 +17,7 @@ from harken.media.fetchers import FETCHERS
 from harken.media.folder import FolderFetcher
 from harken.media.http import HttpFetcher
 from harken.media.youtube import YouTubeFetcher
+from harken.media.zenodo import ZenodoFetcher
 
 BASE: dict[str, str] = {}
 
@@ -256,7 +257,12 @@ def test_folder_must_exist(tmp_path: Path) -> None:
 
 
 def test_the_dict_of_hosts() -> None:
-    assert dict(FETCHERS.items()) == {"youtube": YouTubeFetcher, "http": HttpFetcher, "folder": FolderFetcher}
+    assert dict(FETCHERS.items()) == {
+        "youtube": YouTubeFetcher,
+        "http": HttpFetcher,
+        "folder": FolderFetcher,
+        "zenodo": ZenodoFetcher,
+    }
 
 
 def test_download_workers_stay_small() -> None:

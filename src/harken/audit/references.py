@@ -28,6 +28,10 @@ class OfficialList:
     rows: tuple[Reference, ...]
 
 
+# The official lists were made of videos that were there: the header of AudioSet's CSV files states the day, and every
+# AudioCaps clip is one of AudioSet's.
+PUBLISHED = {"audioset": "2017-03-05", "audiocaps": "2017-03-05"}
+
 _PANNS = "PANNs, Kong et al. 2020 and its README"
 _HF = "Hugging Face agkphysics/AudioSet"
 _NEAREST = "Tsubaki et al. 2024, Table II"

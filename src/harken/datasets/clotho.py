@@ -45,6 +45,9 @@ CARD: Final = Card(
     files=tuple(_file(name, md5) for name, md5 in _MD5.items()),
     splits={"development": Split.TRAIN, "validation": Split.VAL, "evaluation": Split.TEST},
 )
+# what a whole copy of the corpus consists of
+ARCHIVES: Final = tuple(f for f in CARD.files if f.name.endswith(".7z"))
+LISTS: Final = tuple(f for f in CARD.files if f.name.endswith(".csv"))
 
 
 def read(path: Path, split: str) -> Iterator[Clip]:

@@ -49,7 +49,8 @@ def open_media(file: MediaFile) -> InputContainer:
         raise ClipError("media.not_media", f"the file is text: {head[:60]!r}")
     file.seek(0)
     try:
-        container: InputContainer = av.open(file, options={"format_whitelist": _FORMATS})
+        # tags may be in any encoding (old WAV files): we read none, and a bad one must not cost the clip
+        container: InputContainer = av.open(file, options={"format_whitelist": _FORMATS}, metadata_errors="replace")
         return container
     except av.error.FFmpegError as e:
         check(file)

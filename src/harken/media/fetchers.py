@@ -13,6 +13,7 @@ from harken.media.folder import FolderFetcher
 from harken.media.http import HttpFetcher
 from harken.media.section import Section
 from harken.media.youtube import YouTubeFetcher
+from harken.media.zenodo import ZenodoFetcher
 
 
 class Fetcher(Protocol):
@@ -27,4 +28,5 @@ FETCHERS: Final[dict[str, Callable[..., Fetcher]]] = {
     "youtube": YouTubeFetcher,
     "http": HttpFetcher,
     "folder": FolderFetcher,
+    "zenodo": ZenodoFetcher,
 }

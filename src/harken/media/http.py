@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Final
 from urllib.parse import quote
 
 from harken.clips import Clip
-from harken.errors import ConfigError
-from harken.media.range_reader import RangeReader
+from harken.errors import ClipError, ConfigError
+from harken.media.range_reader import RangeReader, Traffic, accounted
 from harken.media.section import SILENCE_DBFS, Section, cut
 
 _FIELDS: Final = ("{archive}", "{key}")
@@ -31,9 +32,14 @@ class HttpFetcher:
 
     def fetch(self, clip: Clip, needs_images: bool) -> Section:
         """The clip's section. Raises ClipError: `media.404` and its kin, `net.*`, and all that `cut` raises."""
-        url = _filled(self.url, quote(clip.source.archive, safe=""), quote(clip.source.key, safe=""))
-        with RangeReader(url, timeout_s=self._timeout_s) as reader:
-            return cut(reader, clip.start_s, clip.end_s, needs_images, silence_dbfs=self._silence_dbfs)
+        archive, key = clip.source.archive, clip.source.key
+        if key in ("", ".", "..") or archive in (".", ".."):  # quoting leaves these as they are: they name a folder
+            raise ClipError("local.bug", f"archive {archive!r}, key {key!r}: expected the name of a file")
+        url = _filled(self.url, quote(archive, safe=""), quote(key, safe=""))
+        traffic = Traffic()
+        with accounted(traffic, {}), RangeReader(url, timeout_s=self._timeout_s, traffic=traffic) as reader:
+            found = cut(reader, clip.start_s, clip.end_s, needs_images, silence_dbfs=self._silence_dbfs)
+        return replace(found, facts=found.facts | traffic.facts)
 
 
 def _filled(url: str, archive: str, key: str) -> str:

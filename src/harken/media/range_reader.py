@@ -8,16 +8,20 @@ decoding.
 from __future__ import annotations
 
 import base64
+import email.utils
 import http.client
 import io
 import re
+import socket
 import ssl
 import time
 import urllib.parse
 import urllib.request
 from collections import OrderedDict
-from collections.abc import Mapping
-from typing import Final, NoReturn
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Final, NoReturn
 
 from harken.errors import ClipError
 from harken.media.reasons import classify
@@ -25,20 +29,55 @@ from harken.media.reasons import classify
 BLOCK: Final = 256 * 1024  # 5 to 9 requests a clip; at 64 KB it is 13 to 19 for half the bytes
 _KEPT_BLOCKS: Final = 32
 _REDIRECTS: Final = 5
+_ANSWER_PATIENCE: Final = 10  # times `timeout_s`: one answer, its headers and body
+_PATIENCE: Final = 30  # times `timeout_s`: all waiting for one file
+_PAGES: Final = frozenset({"text/html", "application/xhtml+xml", "application/json"})
+_SAFE: Final = "/%:=&?~#+!$,;'@()*[]"
 _CONTENT_RANGE: Final = re.compile(r"bytes (?:(\d+)-(\d+)|\*)/(\d+|\*)$")
+
+
+@dataclass
+class Traffic:
+    """What one attempt has cost its host, over all files it read."""
+
+    n_bytes: int = 0
+    n_requests: int = 0
+
+    @property
+    def facts(self) -> dict[str, int]:
+        return {"n_bytes": self.n_bytes, "n_requests": self.n_requests}
+
+
+@contextmanager
+def accounted(traffic: Traffic, known: Mapping[str, Any]) -> Iterator[None]:
+    """A ClipError that passes is told where it rose (`media`), what the attempt cost and what was known by then."""
+    try:
+        yield
+    except ClipError as e:
+        e.facts = {"where": "media", **known, **e.facts, **traffic.facts}
+        raise
 
 
 class RangeReader(io.RawIOBase):
     """A seekable, read-only file over `url`.
 
     Opening it makes the first request. Raises ClipError: `media.403`, `session.http_429`, `net.5xx` and so on by
-    status; `media.truncated` for a body that ends early, `net.timeout` after `timeout_s` without a byte, `media.empty`
-    for a file of no bytes, and `media.no_range` from a server that ignores Range (reading it would download the whole
-    file). `bytes_fetched` and `requests` count the traffic.
+    status; `media.truncated` for a body that ends early or a file that changes while it is read, `net.timeout` after
+    `timeout_s` without a byte or 10 times as long for one answer or 30 times for the file, `media.empty` for a file of
+    no bytes, `media.not_media` for a page in its place, and `media.no_range` from a server that ignores Range (reading
+    it would download the whole file). The error's facts tell `where` ("media"), and the `http_status`, `retry_after_s`
+    and `exception` that it came from. `bytes_fetched` and `requests` count the traffic, `traffic` adds it up over
+    several files.
     """
 
     def __init__(
-        self, url: str, *, headers: Mapping[str, str] | None = None, timeout_s: float, block_bytes: int = BLOCK
+        self,
+        url: str,
+        *,
+        headers: Mapping[str, str] | None = None,
+        timeout_s: float,
+        block_bytes: int = BLOCK,
+        traffic: Traffic | None = None,
     ) -> None:
         super().__init__()
         self.url = url
@@ -46,8 +85,12 @@ class RangeReader(io.RawIOBase):
         self.bytes_fetched = 0
         self.requests = 0
         self.content_type = ""
-        self._headers = {"Accept-Encoding": "identity", "Connection": "keep-alive", **(headers or {})}
-        self._headers = {k: v for k, v in self._headers.items() if k.lower() != "range"}
+        self._traffic = traffic or Traffic()
+        self._version: dict[str, str] = {}
+        self._waited_s = 0.0
+        ours = {"Accept-Encoding": "identity", "Connection": "keep-alive"}
+        taken = {"range", *(name.lower() for name in ours)}
+        self._headers = ours | {k: v for k, v in (headers or {}).items() if k.lower() not in taken}
         self._timeout_s = timeout_s
         self._block = block_bytes
         self._blocks: OrderedDict[int, bytes] = OrderedDict()
@@ -116,17 +159,25 @@ class RangeReader(io.RawIOBase):
             self._blocks.move_to_end(index)
             return self._blocks[index]
         first = index * self._block
+        began = time.monotonic()
         try:
+            if self._waited_s > _PATIENCE * self._timeout_s:
+                raise TimeoutError(f"timed out: {self.bytes_fetched} bytes in {self._waited_s:.0f} s")
             data = self._fetch(first, first + self._block - 1)
         except ClipError as e:
+            self._drop()
+            e.facts = {"where": "media", **e.facts}
             self.error = e
             raise
-        except (OSError, http.client.HTTPException) as e:
+        except (OSError, http.client.HTTPException, ValueError) as e:  # ValueError: an address that is none
             self._drop()
-            reason = classify(str(e) or type(e).__name__, exception=type(e).__name__, where="media")
-            code = reason.code if reason.code != "unknown.unmapped" else "net.connect"
-            self.error = ClipError(code, f"bytes {first}-: {type(e).__name__}: {e}")
+            name = type(e).__name__
+            code = classify(str(e) or name, exception=name, where="media").code
+            code = code if code not in ("unknown.unmapped", "local.bug") else "net.connect"
+            self.error = ClipError(code, f"bytes {first}-: {name}: {e}", where="media", exception=name)
             raise self.error from e
+        finally:
+            self._waited_s += time.monotonic() - began
         self._blocks[index] = data
         if len(self._blocks) > _KEPT_BLOCKS:
             self._blocks.popitem(last=False)
@@ -136,40 +187,40 @@ class RangeReader(io.RawIOBase):
         if self._size is not None:
             last = min(last, self._size - 1)
         response = self._open(first, last)
-        status = response.status
         found = _CONTENT_RANGE.match(response.getheader("Content-Range", ""))
         self.content_type = response.getheader("Content-Type", "").partition(";")[0].strip().lower()
-        if status == 416 and found and found[3] == "0" and first == 0:
-            raise ClipError("media.empty", "the server's file has no bytes")
-        if status == 200:
-            self._refuse_whole(response)
-        if status != 206:
-            self._drop()
-            message = f"HTTP Error {status}: {response.reason}"
-            raise ClipError(classify(message, http_status=status, where="media").code, message)
-        if not found or found[1] is None or int(found[1]) != first:
-            self._drop()
-            text = response.getheader("Content-Range", "none")
-            raise ClipError("media.no_range", f"asked for bytes {first}-{last}, the server's Content-Range is {text!r}")
-        if found[3] == "*":
-            self._drop()
-            raise ClipError("media.no_range", "the server does not tell the file's size (Content-Range ends in '/*')")
-        total = int(found[3])
-        if self._size is None:
-            self._size = total
-        elif self._size != total:
-            self._drop()
-            raise ClipError("media.truncated", f"the file changed while it was read: {self._size} bytes, then {total}")
+        if response.status == 416 and found and found[3] == "0" and first == 0:
+            raise ClipError("media.empty", "the server's file has no bytes", http_status=416)
+        if response.status != 206:
+            self._refuse_status(response)
+        total = self._promised(response, found, first, last)
         wanted = min(last, total - 1) - first + 1
         data = self._body(response, wanted)
         if len(data) != wanted:
-            self._drop()
             raise ClipError("media.truncated", f"{len(data)} bytes read, {wanted - len(data)} more expected at {first}")
         return data
 
+    def _promised(self, response: http.client.HTTPResponse, found: re.Match[str] | None, first: int, last: int) -> int:
+        """The file's size by the headers of a partial answer, once they are what was asked for, of the same file."""
+        if not found or found[1] is None or int(found[1]) != first:
+            text = response.getheader("Content-Range", "none")
+            raise ClipError("media.no_range", f"asked for bytes {first}-{last}, the server's Content-Range is {text!r}")
+        if found[3] == "*":
+            raise ClipError("media.no_range", "the server does not tell the file's size (Content-Range ends in '/*')")
+        coding = response.getheader("Content-Encoding", "identity").strip().lower()
+        if coding not in ("identity", ""):
+            raise ClipError("media.no_range", f"the server packs the file ({coding}): its byte positions are not ours")
+        total = int(found[3])
+        if self._size is None:
+            self._size = total
+            self._version = _version_of(response)
+        elif self._size != total:
+            raise ClipError("media.truncated", f"the file changed while it was read: {self._size} bytes, then {total}")
+        elif _is_another(self._version, now := _version_of(response)):
+            raise ClipError("media.truncated", f"the file changed while it was read: {self._version}, then {now}")
+        return total
+
     def _body(self, response: http.client.HTTPResponse, wanted: int) -> bytes:
-        # one deadline for the block: a server that drips a byte per second must not hold a worker for days
-        deadline = time.monotonic() + 10 * self._timeout_s
         parts, n = [], 0
         while n < wanted:
             part = response.read1(wanted - n)
@@ -177,24 +228,34 @@ class RangeReader(io.RawIOBase):
                 break
             parts.append(part)
             n += len(part)
-            self.bytes_fetched += len(part)
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"timed out: {n} of {wanted} bytes in {10 * self._timeout_s:.0f} s")
-        if n == wanted and not response.isclosed() and response.read(1):
+            self._count(len(part))
+        endless = response.length is None and not response.chunked
+        if n == wanted and (endless or response.length or response.read(1)):
             self._drop()  # more than was asked for: the connection cannot be used again
         return b"".join(parts)
 
-    def _refuse_whole(self, response: http.client.HTTPResponse) -> NoReturn:
+    def _count(self, n_bytes: int) -> None:
+        self.bytes_fetched += n_bytes
+        self._traffic.n_bytes += n_bytes
+
+    def _refuse_status(self, response: http.client.HTTPResponse) -> NoReturn:
+        status = response.status
+        if status != 200:
+            message = f"HTTP Error {status}: {response.reason}"
+            facts: dict[str, Any] = {"http_status": status}
+            wait_s = retry_after_s(response.getheader("Retry-After"))
+            if wait_s is not None:
+                facts["retry_after_s"] = wait_s
+            raise ClipError(classify(message, http_status=status, where="media").code, message, **facts)
         head = response.read(512)
-        self.bytes_fetched += len(head)
-        self._drop()
+        self._count(len(head))
         if not head:
-            raise ClipError("media.empty", "the server sent no bytes")
-        if self.content_type in ("text/html", "application/json") or head.lstrip()[:1] in (b"<", b"{"):
-            raise ClipError("media.not_media", f"the server sent {self.content_type or 'text'}: {head[:60]!r}")
-        raise ClipError(
-            "media.no_range", "the server ignores Range requests; harken will not download whole recordings"
-        )
+            raise ClipError("media.empty", "the server sent no bytes", http_status=200)
+        if self.content_type in _PAGES or head.lstrip()[:1] in (b"<", b"{"):
+            text = f"the server sent {self.content_type or 'text'}: {head[:60]!r}"
+            raise ClipError("media.not_media", text, http_status=200)
+        text = "the server ignores Range requests; harken will not download whole recordings"
+        raise ClipError("media.no_range", text, http_status=200)
 
     def _open(self, first: int, last: int) -> http.client.HTTPResponse:
         """The response for a byte range, after redirects; one silent retry where a kept-alive connection was closed."""
@@ -212,22 +273,30 @@ class RangeReader(io.RawIOBase):
             target = response.getheader("Location")
             self._drop()
             if not target:
-                raise ClipError("net.connect", f"HTTP {response.status} without a Location")
+                raise ClipError(
+                    "net.connect", f"HTTP {response.status} without a Location", http_status=response.status
+                )
             self.url = urllib.parse.urljoin(self.url, target)
-        raise ClipError("net.connect", f"more than {_REDIRECTS} redirects")
+            if urllib.parse.urlsplit(self.url).scheme not in ("http", "https"):
+                raise ClipError("net.connect", "redirected to what is no HTTP address", http_status=response.status)
+        raise ClipError("net.connect", f"more than {_REDIRECTS} redirects", http_status=response.status)
 
     def _send(self, first: int, last: int) -> http.client.HTTPResponse:
         parts = urllib.parse.urlsplit(self.url)
-        path = parts.path or "/"
-        path += f"?{parts.query}" if parts.query else ""
+        # a Location may hold letters that no request line may; what is quoted already stays as it is
+        path = urllib.parse.quote(parts.path or "/", safe=_SAFE)
+        query = urllib.parse.quote(parts.query, safe=_SAFE)
         if self._connection is None:
-            self._connection, proxied = _connect(parts, self._timeout_s)
-            self._via = proxied
+            self._connection, self._via = _connect(parts, self._timeout_s)
         headers = dict(self._headers)
         if self._via:
-            path = urllib.parse.urlunsplit((parts.scheme, parts.netloc, parts.path or "/", parts.query, ""))
+            path = urllib.parse.urlunsplit((parts.scheme, parts.netloc, path, query, ""))
             headers[self._via[0]] = self._via[1]
+        elif query:
+            path += f"?{query}"
         self.requests += 1
+        self._traffic.n_requests += 1
+        self._connection.response_class = _within(self._timeout_s)
         self._connection.request("GET", path, headers={**headers, "Range": f"bytes={first}-{last}"})
         return self._connection.getresponse()
 
@@ -235,6 +304,64 @@ class RangeReader(io.RawIOBase):
         if self._connection is not None:
             self._connection.close()
             self._connection = None
+
+
+def retry_after_s(header: str | None) -> float | None:
+    """The seconds that a Retry-After header (seconds or a date, RFC 9110 section 10.2.3) asks to wait; None: no."""
+    text = (header or "").strip()
+    if re.fullmatch(r"\d{1,9}", text):
+        return float(text)
+    try:
+        return max(0.0, email.utils.parsedate_to_datetime(text).timestamp() - time.time())
+    except (ValueError, TypeError, OverflowError):
+        return None
+
+
+def _version_of(response: http.client.HTTPResponse) -> dict[str, str]:
+    return {name: value for name in ("ETag", "Last-Modified") if (value := response.getheader(name))}
+
+
+def _is_another(before: Mapping[str, str], now: Mapping[str, str]) -> bool:
+    """Whether all that both answers say of the file's version differs: mirrors of one file may disagree on its ETag."""
+    both = before.keys() & now.keys()
+    return bool(both) and all(before[name] != now[name] for name in both)
+
+
+def _within(timeout_s: float) -> type[http.client.HTTPResponse]:
+    """A response whose every byte must come within `timeout_s` of the one before, and all within ten times as long.
+
+    Without the second bound a server that drips a byte per second would hold a worker for days.
+    """
+    deadline = time.monotonic() + _ANSWER_PATIENCE * timeout_s
+
+    class Response(http.client.HTTPResponse):
+        def __init__(self, sock: socket.socket, *args: Any, **kwargs: Any) -> None:
+            super().__init__(sock, *args, **kwargs)
+            self.fp = io.BufferedReader(_Timed(self.fp.detach(), sock, timeout_s, deadline))
+
+    return Response
+
+
+class _Timed(io.RawIOBase):
+    """The bytes of a socket until `deadline` (monotonic s)."""
+
+    def __init__(self, raw: io.RawIOBase, sock: socket.socket, timeout_s: float, deadline: float) -> None:
+        super().__init__()
+        self._raw, self._sock, self._timeout_s, self._deadline = raw, sock, timeout_s, deadline
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int | None:
+        left_s = self._deadline - time.monotonic()
+        if left_s <= 0:
+            raise TimeoutError(f"timed out: the answer took more than {_ANSWER_PATIENCE * self._timeout_s:.1f} s")
+        self._sock.settimeout(min(self._timeout_s, left_s))
+        return self._raw.readinto(buffer)
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
 
 
 def _connect(

@@ -2,6 +2,7 @@
 
 A wrong verdict costs more than a missing one. YouTube's rate limit and captcha messages begin with "Video unavailable",
 so the patterns for a troubled session come first, and a bare "Video unavailable" is a suspicion, never a death.
+What follows from a reason for the clip, and when to ask again, is its policy (`POLICIES`).
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Final, Literal
 
+from harken.attempts import Policy
 from harken.errors import unknown
+from harken.shards import fingerprint
 
 Group = Literal["gone", "denied", "content", "ours", "unknown", "absent"]
 Retry = Literal["never", "soon", "later", "session"]
@@ -88,6 +91,8 @@ REASONS: Final[dict[str, Reason]] = _table(
     ("local.oom", "us", "session"),
     ("local.killed", "us", "session"),
     ("local.bug", "us", "never"),
+    ("local.unvisited", "us", "soon"),  # not asked for yet: a row of an unfinished download
+    ("local.forgotten", "us", "never"),  # taken down here on request, whatever the platform has
     ("folder.absent", "us", "never"),
     ("unknown.unmapped", "us", "later"),  # no rule matched: the audit raises an alarm when these grow
 )
@@ -95,6 +100,7 @@ REASONS: Final[dict[str, Reason]] = _table(
 _EXACT_GROUPS: Final[dict[str, Group]] = {
     "gone.unspecified": "unknown",
     "qc.id_mismatch": "ours",
+    "local.forgotten": "absent",
     "media.truncated": "content",
     "media.not_media": "content",
     "media.empty": "content",
@@ -127,6 +133,84 @@ def group(code: str) -> Group:
     if code not in REASONS:
         raise unknown("reason", code, REASONS)
     return _EXACT_GROUPS.get(code) or _PREFIX_GROUPS[code.partition(".")[0]]
+
+
+MEASURED: Final = frozenset(
+    {
+        "media.no_range", "media.empty", "qc.past_end", "qc.short", "qc.no_audio", "qc.no_video", "qc.silent",
+        "qc.frozen", "qc.id_mismatch", "local.killed", "local.unvisited", "local.forgotten", "folder.absent",
+    }
+)  # fmt: skip
+"""What harken's own checks find out and no message says: `classify` gives none of them."""
+
+_S, _MIN, _HOUR, _DAY = 1.0, 60.0, 3600.0, 86_400.0
+_RECHECK_S: Final = 90 * _DAY  # the platform changes: private becomes public, countries are opened
+_BACKOFF_S: Final = (2 * _S, 10 * _S, _MIN, 5 * _MIN, 10 * _MIN)  # the caller draws from 0 to this (full jitter)
+
+
+def _ours(code: str, *delays_s: float) -> Policy:
+    """Says nothing of the clip and never counts against it, however often."""
+    return Policy(group(code), False, 0, 0.0, delays_s, 0, None)
+
+
+def _passing(code: str, max_attempts: int, *delays_s: float) -> Policy:
+    """May end differently in a while; exhausted after so many tries."""
+    return Policy(group(code), True, 0, 0.0, delays_s, max_attempts, None)
+
+
+def _verdict(code: str, recheck_s: float | None) -> Policy:
+    """Says it all at once."""
+    return Policy(group(code), True, 1, 0.0, (), 1, recheck_s)
+
+
+def _suspicion(code: str, gap_s: float) -> Policy:
+    """A verdict once seen again after `gap_s`."""
+    return Policy(group(code), True, 2, gap_s, (gap_s,), 2, _RECHECK_S)
+
+
+def _policy(code: str) -> Policy:
+    """The policy of the reasons that share their prefix's; `_OWN_POLICIES` has the others."""
+    match code.partition(".")[0]:
+        case "gone" | "denied":
+            return _verdict(code, _RECHECK_S)
+        case "qc":
+            return _verdict(code, None)  # a recording that is too short, silent or frozen stays so
+        case "net":
+            return _passing(code, 6, *_BACKOFF_S)
+        case "media":
+            return _passing(code, 4, 2 * _S, 10 * _MIN, _DAY)
+        case "tool":
+            return _ours(code, _DAY, 3 * _DAY, 7 * _DAY)  # until a newer yt-dlp
+        case "local":
+            return _ours(code, 10 * _MIN, _HOUR, _DAY)
+        case prefix:
+            raise unknown("policy of the reasons", prefix, _PREFIX_GROUPS)
+
+
+_OWN_POLICIES: Final[dict[str, Policy]] = {
+    # the lane pauses for as long; 72 h is what users of yt-dlp report for a bot check
+    **{
+        code: _ours(code, _DAY, 2 * _DAY, 3 * _DAY)
+        for code in ("session.bot_check", "session.captcha", "session.ip_blocked")
+    },
+    "session.rate_limited": _ours("session.rate_limited", _HOUR),
+    "session.http_429": _ours("session.http_429", *(15 * _MIN * 2**n for n in range(7))),  # or Retry-After if longer
+    "session.suspect": _ours("session.suspect", 15 * _MIN, _HOUR, _DAY),
+    "gone.unspecified": _suspicion("gone.unspecified", _DAY),
+    "live.ended": _suspicion("live.ended", 7 * _DAY),
+    "denied.client": _suspicion("denied.client", _DAY),  # another client may be served
+    "live.upcoming": _passing("live.upcoming", 30, _DAY),
+    "live.processing": _passing("live.processing", 12, 6 * _HOUR),
+    **{code: _passing(code, 3, 2 * _S, _DAY) for code in ("media.404", "media.410", "media.416")},
+    "media.truncated": _passing("media.truncated", 6, *_BACKOFF_S),
+    "media.not_media": _passing("media.not_media", 4, 10 * _MIN, _HOUR, _DAY),  # a consent page is the session's
+    "media.no_range": _passing("media.no_range", 3, _DAY, 7 * _DAY),
+    "qc.id_mismatch": _ours("qc.id_mismatch", _DAY, 7 * _DAY),
+    "folder.absent": _ours("folder.absent", 10 * _MIN),  # a folder can be filled any time
+    "unknown.unmapped": _passing("unknown.unmapped", 4, _DAY, 3 * _DAY, 7 * _DAY),
+}
+POLICIES: Final[dict[str, Policy]] = {code: _OWN_POLICIES.get(code) or _policy(code) for code in REASONS}
+"""What each reason means for the clip and when to ask again (see `harken.attempts`)."""
 
 
 # First match wins. Each row is (code, pattern on the normalised message).
@@ -176,7 +260,10 @@ _NET: Final = (
     ("net.tls", r"certificate verify failed|\bssl\b|\btls\b"),
     ("net.timeout", r"timed out|timeout"),
     ("net.reset", r"connection reset|remote end closed|connection aborted|broken pipe|more expected"),
-    ("net.connect", r"connection refused|no route to host|network is unreachable|failed to establish a new connection"),
+    (
+        "net.connect",
+        r"redirect loop detected|connection refused|no route to host|network is unreachable|failed to establish a new connection",
+    ),
     ("net.5xx", r"giving up after"),
 )
 _NET_EXCEPTIONS: Final = {
@@ -222,6 +309,15 @@ _STATUS: Final = re.compile(r"\bhttp(?:\s+error)?\s*:?\s*(\d{3})\b", re.IGNORECA
 _PAGE: Final = re.compile(r"unable to download (?:\w+ )*(?:webpage|page|json|xml|manifest)")
 _URL: Final = re.compile(r"\bhttps?://\S+")
 _IP: Final = re.compile(r"\b\d{1,3}(?:\.\d{1,3}){3}\b")
+
+
+_EXTRACT_HTTP: Final = {403: "session.suspect", 404: "gone.unspecified", 410: "gone.unspecified"}
+
+RULE_VERSION: Final = fingerprint(
+    [_EARLY, _MESSAGES, _LOCAL, _NET, sorted(_NET_EXCEPTIONS.items()), sorted(_BUGS), sorted(_EXTRACT_HTTP.items())],
+    [p.pattern for p in (_ANSI, _PREFIX, _EXTRACTOR, _HINTS, _STATUS, _PAGE, _URL, _IP)],
+)[:8]
+"""A short hash of the tables that `classify` decides by: it changes exactly when they do."""
 
 
 def normalise(message: str) -> str:
@@ -289,7 +385,7 @@ def _status(low: str, facts: Mapping[str, object]) -> int | None:
 def _http(status: int | None, where: object) -> str | None:
     if where == "extract":
         # a watch page is never simply forbidden or missing: a refusal is the session's, an absence is not yet a proof
-        return {403: "session.suspect", 404: "gone.unspecified", 410: "gone.unspecified"}.get(status or 0)
+        return _EXTRACT_HTTP.get(status or 0)
     return f"media.{status}" if f"media.{status}" in REASONS else None
 
 

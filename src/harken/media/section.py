@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import math
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any, Final, cast
 
@@ -51,7 +51,9 @@ class Section:
     runs from `start_s` to `end_s`; `data` may hold more on either side. The same clip gives the same bytes every time.
     `source_duration_s` is what the recording says of itself (None where it does not); `bytes_fetched` counts what was
     read over the network, `peak_dbfs` is the clip's loudest sample and `decoded_s` the seconds of sound really in the
-    clip.
+    clip. `facts` is what a ledger should keep of the attempt and can be written as JSON: `n_bytes` and `n_requests` of
+    media, `duration_s`, and from YouTube `info_id`, `formats`, `live_status`, `availability`, `upload_date`, `license`
+    and `playability_status` where they are known.
     """
 
     data: bytes
@@ -64,6 +66,7 @@ class Section:
     bytes_fetched: int
     decoded_s: float
     peak_dbfs: float
+    facts: dict[str, Any] = field(default_factory=dict, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +128,17 @@ def cut(
         clip_end = clip_start + found.data.shape[1] / found.sample_rate_hz
     fetched = sum(getattr(file, "bytes_fetched", 0) for file in files)
     return Section(
-        data, name, clip_start, clip_end, True, needs_images, duration_s, fetched, found.decoded_s, found.peak_dbfs
+        data,
+        name,
+        clip_start,
+        clip_end,
+        has_audio=True,
+        has_video=needs_images,
+        source_duration_s=duration_s,
+        bytes_fetched=fetched,
+        decoded_s=found.decoded_s,
+        peak_dbfs=found.peak_dbfs,
+        facts={} if duration_s is None else {"duration_s": duration_s},
     )
 
 
@@ -140,6 +153,9 @@ def _promising(
     if needs_images and video_of(opened[-1]) is None:
         _refuse_if_cut_off(files, "no pictures")
         raise ClipError("qc.no_video", _streams_of(opened[-1]))
+    for stream in (audio, video_of(opened[-1])) if needs_images else (audio,):
+        if stream is not None and stream.codec_context is None:
+            raise ClipError("media.not_media", f"no decoder for the {stream.type}; {_streams_of(opened[0])}")
     duration_s = opened[0].duration / 1e6 if opened[0].duration else None
     if duration_s is not None and duration_s < start_s + _SHORTEST_S:
         _refuse_if_cut_off(files, f"the recording ends at {duration_s:.3f} s")
@@ -310,7 +326,7 @@ def _judge(
 def _judge_pictures(
     video: VideoStream, packets: list[Packet[Any]], start_s: float, end_s: float, files: list[MediaFile]
 ) -> None:
-    reach = max(_ends(p) for p in packets) - start_s
+    reach = _last_picture_ends(packets) - start_s
     if reach <= 0:
         _refuse_if_cut_off(files, "no pictures in the clip")
         raise ClipError("qc.no_video", f"the pictures end {-reach:.3f} s before the clip starts")
@@ -323,6 +339,13 @@ def _judge_pictures(
         raise ClipError("media.truncated", f"{e.strerror} while decoding the first picture") from e
     if not pictures:
         raise ClipError("media.truncated", "the first picture cannot be decoded")
+
+
+def _last_picture_ends(packets: list[Packet[Any]]) -> float:
+    """When the last picture goes: where the file does not say (WebM), after as long as the one before it was shown."""
+    shown = sorted(_shown(p) for p in packets)
+    gap = shown[-1] - shown[-2] if len(shown) > 1 and not max(packets, key=_shown).duration else 0.0
+    return max(*(_ends(p) for p in packets), shown[-1] + gap)
 
 
 def _refuse_if_cut_off(files: list[MediaFile], message: str) -> None:

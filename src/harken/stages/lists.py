@@ -31,10 +31,13 @@ TIMEOUT_S = 60.0
 
 
 class ListFile(Config):
-    """One list: `source` is a URL or a path (relative to the project's root); `sha256` is checked unless null."""
+    """One list: `source` is a URL or a path (relative to the project's root).
+
+    `checksum` is `sha256:` or `md5:` and the hexadecimal digits (Zenodo publishes the latter); null: not checked.
+    """
 
     source: str
-    sha256: str | None
+    checksum: str | None = Field(pattern=r"^(sha256:[0-9a-f]{64}|md5:[0-9a-f]{32})$")
 
 
 class ListsConfig(Config):
@@ -71,7 +74,7 @@ def _spread(map: Map, fn: Callable[[Any], Any], items: Iterable[Any]) -> Iterato
 
 
 def _obtain(target: Path, file: ListFile) -> None:
-    if target.is_file() and file.sha256 is not None and file_sha256(target) == file.sha256:
+    if target.is_file() and file.checksum is not None and _checksum(target, file.checksum) == file.checksum:
         return
     if "://" in file.source:
         _download(file.source, target)
@@ -82,13 +85,22 @@ def _obtain(target: Path, file: ListFile) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         with open(source, "rb") as f, atomic(target) as out:
             shutil.copyfileobj(f, out)
-    found = file_sha256(target)
-    if file.sha256 is not None and found != file.sha256:
+    if file.checksum is None:
+        return
+    found = _checksum(target, file.checksum)
+    if found != file.checksum:
         target.unlink()
         raise DataError(
-            f"{file.source}: sha256 is {found}, expected {file.sha256}. A truncated mirror or another release? "
-            "Get the official file, or set the hash in params.yaml if you mean this one."
+            f"{file.source}: {found}, expected {file.checksum}. A truncated mirror or another release? "
+            "Get the official file, or set the checksum in params.yaml if you mean this one."
         )
+
+
+def _checksum(path: Path, like: str) -> str:
+    """The file's checksum by the same algorithm as `like`."""
+    name = like.partition(":")[0]
+    with open(path, "rb") as f:
+        return f"{name}:{hashlib.file_digest(f, name).hexdigest()}"
 
 
 @retry(
