@@ -267,12 +267,14 @@ def test_a_census_asks_once_and_knows_no_reasons(project: Path, monkeypatch: pyt
         rest = facts("census", "--base-url", base)
         assert sum(rest["found"].values()) == 4
         assert facts("census", "--base-url", base)["found"] == {}
+        assert sum(facts("census", "--base-url", base, "--older-than", "0", "--limit", "3")["found"].values()) == 3
     found = {k: first["found"].get(k, 0) + rest["found"].get(k, 0) for k in ("present", "gone.unspecified")}
     assert found == {"present": 7, "gone.unspecified": 5}
     assert all(canary in call for call in api.calls)
-    splits = facts("audit")["splits"]
-    assert sum(s["groups"]["gone"] for s in splits) == 0  # absent once is a suspicion
-    assert sum(s["groups"]["unknown"] for s in splits) == 5
+    report = facts("audit")
+    assert all(s["n_visited"] == 0 for s in report["splits"])  # nothing was asked for: what is usable is not known
+    seen = {o["split"]: (o["who"], o["n_present"], o["n_listed"]) for o in report["observations"]}
+    assert seen == {"test": ("our census", 4, 4), "train": ("our census", 3, 8)}
     due = facts("estimate")[0]["in_order"]
     assert sum(p["n_clips"] for p in due) == 7  # what is there is to be fetched now, what was not is asked for later
     table = read(load("paths", Paths).ledger)

@@ -15,6 +15,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from harken.audit.observations import Observation
 from harken.config import Paths, load
 from harken.errors import ConfigError, DataError, HarkenError
 
@@ -45,7 +46,40 @@ def _state(paths: Paths, until_ms: int) -> pd.DataFrame:
         table = read(ledger_folder(paths, cfg), FOLD_COLUMNS)
     if until_ms < _now_ms():
         table = table.filter(pa.compute.less_equal(table["ended_ms"], until_ms))
-    return fold(table, POLICIES, until_ms)
+    state = fold(table, POLICIES, until_ms)
+    fetched = table.filter(pa.compute.not_equal(table["step"].cast(pa.string()), "census"))["clip_id"].unique()
+    return state.assign(is_fetched=state["clip_id"].isin(set(fetched.to_pylist())))
+
+
+def _outcomes_at(paths: Paths, until_ms: int) -> pa.Table:
+    """What was known of the clips asked for by then. A census says nothing of what is usable, so it is no visit."""
+    from harken.stages.audit import outcomes_of
+
+    state = _state(paths, until_ms)
+    return outcomes_of(state[state["is_fetched"]])
+
+
+def _censuses(paths: Paths) -> list[Observation]:
+    """Our own censuses as observations, like those of other laboratories: of each split, what was there at the last."""
+    from harken.attempts import read
+    from harken.clips import Manifest
+    from harken.stages.download import DownloadConfig, is_world, ledger_folder
+
+    cfg = load("download", DownloadConfig)
+    if is_world(cfg):
+        return []  # no official API knows its videos
+    table = read(ledger_folder(paths, cfg), ["clip_id", "step", "outcome", "ended_ms"])
+    table = table.filter(pa.compute.equal(table["step"].cast(pa.string()), "census")).sort_by("ended_ms")
+    if not table.num_rows:
+        return []
+    last = dict(zip(table["clip_id"].to_pylist(), table["outcome"].cast(pa.string()).to_pylist(), strict=True))
+    when = f"{pd.Timestamp(table['ended_ms'].to_pylist()[-1], unit='ms'):%Y-%m-%d}"
+    manifest, found = Manifest.read(paths.manifest), []
+    for dataset, split in manifest.splits():
+        there = [i[3:14] for i in manifest.of(dataset, split)["clip_id"].to_pylist() if last.get(i) == "ok"]
+        if there:
+            found.append(Observation.of("our census", when, "YouTube Data API v3, videos.list", dataset, split, there))
+    return found
 
 
 @app.command(epilog="Example: harken audit --since 2026-11-01 --page audit.html")
@@ -61,11 +95,11 @@ def audit(
     from harken.stages.audit import AuditConfig, observations, outcomes_of, report_of, visited
 
     paths, cfg = load("paths", Paths), load("audit", AuditConfig)
-    state = _state(paths, _now_ms())
+    state = state_of(paths)
     # media that came from elsewhere, by `dvc pull`, say what became of each clip but not when
-    outcomes = visited(ledger(paths.media)) if state.empty else _without(outcomes_of(state), paths)
-    observed = [*observations(paths, cfg), *read_observations(paths.ledger / "observations")]
-    before = None if since is None else outcomes_of(_state(paths, _end_of(since, paths)))
+    outcomes = visited(ledger(paths.media)) if state.empty else _without(outcomes_of(state[state["is_fetched"]]), paths)
+    observed = [*observations(paths, cfg), *read_observations(paths.ledger / "observations"), *_censuses(paths)]
+    before = None if since is None else _outcomes_at(paths, _end_of(since, paths))
     report = report_of(paths, cfg, outcomes, None if state.empty else state, observed, before)
     if page is not None:
         with atomic(page) as f:
@@ -76,7 +110,7 @@ def audit(
     _print_audit(report)
     shown = page or paths.audit / "audit.html"
     if shown.is_file():
-        out.print(f"\nPage: {shown}")
+        out.print(f"\n{'Page' if page else 'Page of the last `dvc repro`'}: {shown}", markup=False)
 
 
 def _without(outcomes: pa.Table, paths: Paths) -> pa.Table:
@@ -207,7 +241,7 @@ def import_(
     if path.is_dir():
         _import_media(path, into or paths.ledger / "imported", paths, as_json)
         return
-    from harken.audit.observations import Observation, read_id_list, write_observation
+    from harken.audit.observations import read_id_list, write_observation
     from harken.clips import Manifest
 
     known = Manifest.read(paths.manifest).splits()
@@ -297,6 +331,7 @@ def accept_terms(
     """Show what a host's terms mean for fetching from it; with --who, record that you accept them."""
     from harken.errors import unknown
     from harken.media import lanes
+    from harken.stages.download import shared_folder
 
     if host not in lanes.TERMS:
         raise unknown("accept-terms", host, lanes.TERMS)
@@ -305,20 +340,21 @@ def accept_terms(
         out.print(f"{terms.text}\n{terms.url}", markup=False, soft_wrap=True)
     if not who:
         if as_json:
-            print(json.dumps({"host": host, "is_accepted": lanes.accepted(paths.ledger, host) is not None}))
+            print(json.dumps({"host": host, "is_accepted": lanes.accepted(shared_folder(paths), host) is not None}))
             return
         raise HarkenError("not accepted: nobody was named. To accept, add --who 'NAME, INSTITUTION'.")
-    found = lanes.accept_terms(paths.ledger, host, who, terms.version, _now_ms())
+    found = lanes.accept_terms(shared_folder(paths), host, who, terms.version, _now_ms())
     if as_json:
         print(json.dumps({"host": host, "is_accepted": True, "who": found.who}))
         return
-    out.print(f"Accepted by {found.who}, recorded in {paths.ledger}.", markup=False)
+    out.print(f"Accepted by {found.who}, recorded in {shared_folder(paths)}.", markup=False)
 
 
 @app.command(epilog="Example: harken census --country DE")
 def census(
     country: Annotated[str | None, typer.Option(help="ISO 3166 code of where the clips would be fetched from.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="At most so many videos.")] = None,
+    older_than: Annotated[int, typer.Option(min=0, help="Also what was last asked for so many days ago.")] = 90,
     base_url: Annotated[str | None, typer.Option(help="Another server that speaks the Data API.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -327,7 +363,7 @@ def census(
     from harken.media.census import BASE_URL, Census, CensusPaused, key_from_environment
     from harken.media.reasons import RULE_VERSION
     from harken.media.versions import tools
-    from harken.stages.download import _RNG, DownloadConfig, YoutubeFetch, in_order, ledger_folder
+    from harken.stages.download import _RNG, DownloadConfig, YoutubeFetch, in_order, ledger_folder, shared_folder
 
     paths, cfg = load("paths", Paths), load("download", DownloadConfig)
     fetch = cfg.fetch.get("youtube")
@@ -335,13 +371,18 @@ def census(
     book = ledger_folder(paths, cfg)
     clips = in_order(paths)
     clips = clips[clips["host"] == "youtube"]
-    done = set(_state(paths, _now_ms())["clip_id"])
-    todo = clips[~clips["clip_id"].isin(done)].head(limit or len(clips))
+    seen = state_of(paths).set_index("clip_id")["last_ms"]
+    recent = set(seen.index[seen > _now_ms() - older_than * 86_400_000])
+    todo = clips[~clips["clip_id"].isin(recent)].head(limit or len(clips))
     ids_of: dict[str, list[str]] = {}
     for clip_id in todo["clip_id"]:
         ids_of.setdefault(clip_id[3:14], []).append(clip_id)
     asked = Census(
-        paths.ledger, key_from_environment(), base_url=base_url or BASE_URL, canary_keys=canaries, country=country
+        shared_folder(paths),
+        key_from_environment(),
+        base_url=base_url or BASE_URL,
+        canary_keys=canaries,
+        country=country,
     )
     tally: Counter[str] = Counter()
     run_id, lane, paused = new_id(_now_ms(), _RNG), f"data-api@{socket.gethostname()}", ""

@@ -207,7 +207,7 @@ def _listed(splits: Sequence[Report], n_carried: Sequence[int]) -> dict[str, Any
     for s, n in zip(splits, n_carried, strict=True):
         if n:
             codes = _codes([place[r] for r in s["missing"]["reason"][:n]], len(reasons))
-            blocks.append({"part": _name(s), "n": n, "reason": codes, **_id_columns(s["missing"]["clip_id"][:n])})
+            blocks.append({"part": drawings.visible(_name(s)), "n": n, "reason": codes, **_id_columns(s["missing"]["clip_id"][:n])})
     return {"reasons": [[r, groups[r]] for r in reasons], "width": _width(len(reasons)), "blocks": blocks}
 
 

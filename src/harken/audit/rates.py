@@ -8,8 +8,9 @@ Three nested rates for each dataset and split:
 
 Where our own troubles or a bare suspicion left a clip undecided, platform and access are intervals, never a guess:
 undecided clips count as lost at the lower end and as present at the upper end. Usable is a count, so it is one number.
-Clips are visited in a random order that is stratified by split, so the visited part of a split is a random sample of
-it: an audit of a run that was stopped states the whole split, with an interval.
+Clips are visited small splits first and each split in a random order, so the visited part of a split is a random sample
+of those of its clips that no smaller split names: an audit of a run that was stopped states the whole split, with an
+interval (see `_rate`).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -61,6 +62,7 @@ class _Part:
 
     rows: their rows of the manifest. state: code of STATES. reason: index into visits.reasons, -1 where there is none.
     alive_ms, missing_ms: when we saw them last and missed them first since, UTC in milliseconds since 1970, or NaN.
+    stratum: the rank of the smallest split that names the clip: it is visited with that one.
     """
 
     dataset: str
@@ -73,6 +75,7 @@ class _Part:
     reason: np.ndarray
     alive_ms: np.ndarray
     missing_ms: np.ndarray
+    stratum: np.ndarray
 
     @property
     def visited(self) -> np.ndarray:
@@ -196,6 +199,7 @@ def _parts(
     datasets, splits = (x.dictionary.to_pylist() for x in pairs)
     code = numpy_of(pairs[0].indices).astype(np.int64) * max(len(splits), 1) + numpy_of(pairs[1].indices)
     values, first = np.unique(code, return_index=True)
+    strata = _strata(code, clip_ids, [f"{datasets[v // len(splits)]}/{splits[v % len(splits)]}" for v in values])
     parts = []
     for value in values[np.argsort(first)].tolist():
         rows = np.flatnonzero(code == value)
@@ -213,16 +217,28 @@ def _parts(
                 reason[rows],
                 own_ms[0][rows],
                 own_ms[1][rows],
+                strata[rows],
             )
         )
     return parts
+
+
+def _strata(code: np.ndarray, clip_ids: pa.Array, names: Sequence[str]) -> np.ndarray:
+    """(row,) the rank, by size and then by name, of the smallest split that names the row's clip."""
+    _, splits, sizes = np.unique(code, return_inverse=True, return_counts=True)
+    rank = np.empty(len(sizes), np.int64)
+    rank[np.lexsort((np.array(names, dtype=object), sizes))] = np.arange(len(sizes))
+    clips = numpy_of(clip_ids.dictionary_encode().indices)
+    smallest = np.full(clips.max(initial=-1) + 1, len(sizes), np.int64)
+    np.minimum.at(smallest, clips, rank[splits])
+    return smallest[clips]
 
 
 def _split(part: _Part, given: _Context) -> Report:
     counts = np.bincount(part.state, minlength=len(STATES))
     groups = {name: int(counts[CODE[name]]) for name in STATES}
     n_total, n_visited = len(part.rows), len(part.rows) - groups[UNVISITED]
-    rates = _rates(groups, n_visited, n_total, given.level) if n_visited else None
+    rates = _rates(part, given.level) if n_visited else None
     pairs = bias.Labels.of(given.manifest["labels"].take(pa.array(part.rows)))
     labels = bias.label_rows(pairs, part.state, given.names, given.min_positives, given.level)
     reasons = _reasons(part, given.visits, n_visited)
@@ -254,31 +270,66 @@ def _split(part: _Part, given: _Context) -> Report:
     }
 
 
-def _rates(groups: Mapping[str, int], n: int, n_total: int, level: float) -> Report:
-    undecided = sum(groups[name] for name in UNDECIDED)
-    accessible = groups[OK] + groups["content"]
-    on_platform = accessible + groups["denied"]
+class _Seen(NamedTuple):
+    """What was seen of one stratum: clips that have it at least and at most, of n visited, of n_total."""
+
+    at_least: int
+    at_most: int
+    n: int
+    n_total: int
+
+
+def _rates(part: _Part, level: float) -> Report:
+    strata = []
+    for value in np.unique(part.stratum):
+        states = part.state[part.stratum == value]
+        counts = dict(zip(STATES, np.bincount(states, minlength=len(STATES)).tolist(), strict=True))
+        strata.append((counts, len(states)))
+
+    def rate(*groups: str, undecided: Sequence[str] = ()) -> Report:
+        seen = []
+        for counts, n_total in strata:
+            sure = sum(counts[g] for g in groups)
+            seen.append(_Seen(sure, sure + sum(counts[g] for g in undecided), n_total - counts[UNVISITED], n_total))
+        return _rate(seen, level)
+
     return {
-        "platform": _rate(on_platform, on_platform + undecided, n, n_total, level),
-        "access": _rate(accessible, accessible + undecided, n, n_total, level),
-        "usable": _rate(groups[OK], groups[OK], n, n_total, level),
+        "platform": rate(OK, "content", "denied", undecided=UNDECIDED),
+        "access": rate(OK, "content", undecided=UNDECIDED),
+        "usable": rate(OK),
     }
 
 
-def _rate(at_least: int, at_most: int, n: int, n_total: int, level: float) -> Report:
-    """A share of the n visited clips between two counts, and what it says of all n_total clips of the split.
+def _rate(strata: Sequence[_Seen], level: float) -> Report:
+    """A share of the n visited clips between two counts, and what it says of all clips of the split.
 
-    rate_low and rate_high are the shares if all undecided clips are lost, or none. ci_low is the lower end of Wilson's
-    interval of rate_low and ci_high the upper end of that of rate_high, for a sample of n from n_total; once all clips
-    are visited they are the rates themselves. projected: the whole numbers of clips of the split within that interval.
+    A clip that a smaller split names too is visited with that one, first, so the visited part of a split is a random
+    sample of each of its strata and not of the whole; each stratum weighs as much as it has clips (Cochran 1977,
+    chapter 5). rate_low and rate_high are the shares if all undecided clips are lost, or none, over the strata that
+    were visited. ci_low is the lower end of Wilson's interval of rate_low and ci_high the upper end of that of
+    rate_high, for a sample of n from n_total, summed over strata, of which an unvisited one may have none or all: with
+    several strata the interval is wider than it need be, never narrower. Once all clips are visited they are the rates
+    themselves. projected: the whole numbers of clips of the split within that interval.
     """
-    low, high = wilson(at_least, n, level, n_total)[0], wilson(at_most, n, level, n_total)[1]
+    n, n_total = sum(s.n for s in strata), sum(s.n_total for s in strata)
+    at_least, at_most = sum(s.at_least for s in strata), sum(s.at_most for s in strata)
+    visited = [s for s in strata if s.n]
+    if len(visited) == 1 or n == n_total:
+        rate_low, rate_high = at_least / n, at_most / n
+    else:
+        known = sum(s.n_total for s in visited)
+        rate_low = sum(s.n_total * s.at_least / s.n for s in visited) / known
+        rate_high = sum(s.n_total * s.at_most / s.n for s in visited) / known
+    low = sum(s.n_total * (wilson(s.at_least, s.n, level, s.n_total)[0] if s.n else 0.0) for s in strata) / n_total
+    high = sum(s.n_total * (wilson(s.at_most, s.n, level, s.n_total)[1] if s.n else 1.0) for s in strata) / n_total
+    if n == n_total:
+        low, high = rate_low, rate_high
     return {
         "at_least": at_least,
         "at_most": at_most,
         "n": n,
-        "rate_low": at_least / n,
-        "rate_high": at_most / n,
+        "rate_low": rate_low,
+        "rate_high": rate_high,
         "ci_low": low,
         "ci_high": high,
         "projected": {"at_least": math.ceil(low * n_total - 1e-6), "at_most": math.floor(high * n_total + 1e-6)},

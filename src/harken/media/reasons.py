@@ -145,7 +145,7 @@ MEASURED: Final = frozenset(
 
 _S, _MIN, _HOUR, _DAY = 1.0, 60.0, 3600.0, 86_400.0
 _RECHECK_S: Final = 90 * _DAY  # the platform changes: private becomes public, countries are opened
-_BACKOFF_S: Final = (2 * _S, 10 * _S, _MIN, 5 * _MIN, 10 * _MIN)  # the caller draws from 0 to this (full jitter)
+_BACKOFF_S: Final = (2 * _S, 10 * _S, _MIN, 5 * _MIN, 10 * _MIN)
 
 
 def _ours(code: str, *delays_s: float) -> Policy:
@@ -262,7 +262,8 @@ _NET: Final = (
     ("net.reset", r"connection reset|remote end closed|connection aborted|broken pipe|more expected"),
     (
         "net.connect",
-        r"redirect loop detected|connection refused|no route to host|network is unreachable|failed to establish a new connection",
+        r"connection refused|no route to host|network is unreachable|failed to establish a new connection"
+        r"|redirect loop detected",
     ),
     ("net.5xx", r"giving up after"),
 )

@@ -78,7 +78,8 @@ VISITS = "visits.parquet"
 
 
 class YoutubeFetch(Config):
-    """`at`: a watch-page URL with {key}. `per_hour`: so many videos an hour at most; null: as fast as they come.
+    """`at`: a watch-page URL with {key}; on a loopback address the page itself is read and no other host is asked.
+    `per_hour`: so many videos an hour at most; null: as fast as they come.
 
     `canaries`: ids of videos known to be there. One is asked for now and then; while it fails, no failure counts.
     """
@@ -163,7 +164,8 @@ class Sealing:
 def run(paths: Paths, cfg: DownloadConfig, map: Map, *, ahead_s: float = 0.0) -> None:
     """Fill `paths.media` and `paths.visits`. `ahead_s`: by how much the time is later than the clock, for rehearsals.
 
-    Raises DataError when a whole split is lost (nothing downstream could use what is left) and LanePaused when a host
+    Raises DataError when a whole split is lost (nothing downstream could use what is left; one that is not all
+    asked for yet is not lost) and LanePaused when a host
     has asked for a pause longer than `patience_s`: what was fetched is kept, and the next run goes on from it.
     """
     manifest = Manifest.read(paths.manifest)
@@ -195,7 +197,7 @@ def run(paths: Paths, cfg: DownloadConfig, map: Map, *, ahead_s: float = 0.0) ->
             now_ms = _now_ms(ahead_s)
             state = _state(book, now_ms)
             missing = clips[~clips["clip_id"].isin(_stored(work, asked) | taken_down)]
-            due = _due(missing, state, asked, began_ms, now_ms)
+            due = _due(missing, state, asked, cfg.round, began_ms, now_ms)
             if cfg.limit is not None:
                 due = due.head(cfg.limit - asked_for)
             if due.empty:
@@ -236,6 +238,11 @@ def ledger_folder(paths: Paths, cfg: DownloadConfig) -> Path:
     return paths.ledger / f"world-{_world_hash(paths)[:12]}" if is_world(cfg) else paths.ledger
 
 
+def shared_folder(paths: Paths) -> Path:
+    """Where lanes and accepted terms are kept, beside the presets' ledgers: a promise to a host is not a preset's."""
+    return paths.ledger.parent
+
+
 def is_world(cfg: DownloadConfig) -> bool:
     """Whether a host is the built-in corpus."""
     return any("{world}" in f.at for f in cfg.fetch.values())
@@ -247,7 +254,7 @@ def due_now(paths: Paths, cfg: DownloadConfig, now_ms: int) -> pd.DataFrame:
     asked = _asked(paths, cfg)
     state = _state(ledger_folder(paths, cfg), now_ms)
     held = _stored(paths.work / "download", asked) | forgotten(paths.ledger, clips["clip_id"])
-    return _due(clips[~clips["clip_id"].isin(held)], state, asked, now_ms, now_ms)
+    return _due(clips[~clips["clip_id"].isin(held)], state, asked, cfg.round, now_ms, now_ms)
 
 
 def _world_hash(paths: Paths) -> str:
@@ -280,7 +287,7 @@ def _refuse_unlisted_hosts(manifest: Manifest, cfg: DownloadConfig) -> None:
 def _refuse_unaccepted_terms(paths: Paths, cfg: DownloadConfig) -> None:
     for fetch in cfg.fetch.values():
         if fetch.by == "youtube" and "{world}" not in fetch.at:
-            lanes.refuse_unaccepted(paths.ledger, "youtube")
+            lanes.refuse_unaccepted(shared_folder(paths), "youtube")
 
 
 @contextlib.contextmanager
@@ -330,18 +337,34 @@ def _wanted(clips: pd.DataFrame) -> dict[int, list[str]]:
 
 
 def _state(book: Path, now_ms: int) -> pd.DataFrame:
-    """What the ledger says of each clip at this moment, indexed by clip id."""
-    table = attempts.read(book, FOLD_COLUMNS)
+    """What the ledger says of each clip at this moment, indexed by clip id; to the states are added
+
+    is_fetched   whether it was ever asked for; a census alone is no visit
+    asked, round the settings and the round of its last attempt, where those matter: content and exhausted
+    failed       (reason, message) of its last attempt where that failed though the clip was had before; else None
+    """
+    table = attempts.read(book, [*FOLD_COLUMNS])
     state = attempts.fold(table, POLICIES, now_ms).set_index("clip_id")
-    content = state.index[state["state"] == "content"]
-    judged = table.filter(pa.compute.is_in(table["clip_id"], pa.array(content, pa.string()))).sort_by("ended_ms")
-    # later rows of a clip replace earlier ones
-    asked = {
-        i: json.loads(f).get("asked")
-        for i, f in zip(judged["clip_id"].to_pylist(), judged["facts"].to_pylist(), strict=True)
-    }
-    state["asked"] = state.index.map(asked)
+    tries = table.filter(pa.compute.is_in(table["step"].cast(pa.string()), pa.array(["fetch", "import"])))
+    state["is_fetched"] = state.index.isin(set(tries["clip_id"].unique().to_pylist()))
+    doubtful = state.index[state["state"].isin(["content", "exhausted"])]
+    settings = {i: json.loads(f) for i, f in _last(tries, doubtful, "facts")}
+    state["asked"] = state.index.map({i: f.get("asked") for i, f in settings.items()})
+    state["round"] = state.index.map({i: f.get("round", 1) for i, f in settings.items()})
+    had = state.index[state["state"] == OK]
+    last = {i: (r, m) for i, r, m in _last(tries, had, "reason", "message") if r}
+    state["failed"] = [last.get(i) for i in state.index]
     return state
+
+
+def _last(table: pa.Table, clip_ids: Iterable[str], *columns: str) -> Iterator[tuple[Any, ...]]:
+    """(clip_id, columns ...) of the last attempt of each of these clips."""
+    rows = table.filter(pa.compute.is_in(table["clip_id"], pa.array(clip_ids, pa.string())))
+    rows = rows.select(["clip_id", "ended_ms", *columns]).sort_by("ended_ms")
+    found = dict(
+        zip(rows["clip_id"].to_pylist(), zip(*(rows[c].to_pylist() for c in columns), strict=True), strict=True)
+    )
+    return ((i, *values) for i, values in found.items())
 
 
 def _stored(work: Path, asked: str) -> set[str]:
@@ -354,23 +377,25 @@ def _stored(work: Path, asked: str) -> set[str]:
     return found
 
 
-def _due(clips: pd.DataFrame, state: pd.DataFrame, asked: str, began_ms: int, now_ms: int) -> pd.DataFrame:
+def _due(clips: pd.DataFrame, state: pd.DataFrame, asked: str, round_: int, began_ms: int, now_ms: int) -> pd.DataFrame:
     """Which of `clips`, whose media are not here, may be asked for now; in order."""
     known = state.reindex(clips["clip_id"])
-    is_new = known["state"].isna().to_numpy()
-    is_waiting = known["state"].isin(["suspect", "retry"]).to_numpy()
-    is_time = (known["next_ms"].astype("Float64").fillna(float("inf")) <= now_ms).to_numpy(dtype=bool)
-    # a folder is looked into once a run, whatever it lacked before
-    is_time |= ((known["reason"] == "folder.absent") & (known["last_ms"] < began_ms)).to_numpy(dtype=bool)
-    # held once, but the media are not here any more; or judged by settings that no longer hold
-    is_lost = (known["state"] == OK).to_numpy()
-    is_judged_otherwise = ((known["state"] == "content") & (known["asked"] != asked)).to_numpy()
-    return clips[is_new | (is_waiting & is_time) | is_lost | is_judged_otherwise]
+    # what its policy lets be asked again by now: the suspected, the passing, and verdicts old enough to be rechecked
+    is_due = (known["next_ms"].astype("Float64").fillna(float("inf")) <= now_ms).to_numpy(dtype=bool)
+    is_due |= known["state"].isna().to_numpy()
+    # had once, but the media are not here any more; a folder is looked into, whatever it lacked: each once a run
+    is_before = (known["last_ms"] < began_ms).to_numpy(dtype=bool)
+    is_due |= ((known["state"] == OK) | (known["reason"] == "folder.absent")).to_numpy() & is_before
+    # judged by settings that hold no more, or given up in an earlier round
+    is_due |= ((known["state"] == "content") & (known["asked"] != asked)).to_numpy()
+    is_due |= (
+        ((known["state"] == "exhausted") & (known["round"].astype("Float64") < round_)).fillna(False).to_numpy(bool)
+    )
+    return clips[is_due]
 
 
 def _next_chance_s(clips: pd.DataFrame, state: pd.DataFrame, now_ms: int) -> float | None:
-    waiting = state[state["state"].isin(["suspect", "retry"]) & state.index.isin(clips["clip_id"])]
-    later = waiting["next_ms"].dropna()
+    later = state[state.index.isin(clips["clip_id"])]["next_ms"].dropna()
     later = later[later > now_ms]
     return (float(later.min()) - now_ms) / 1000 if len(later) else None
 
@@ -429,7 +454,7 @@ def _lane(host: str, fetch: Fetch, job: Job) -> Lane | None:
     canaries = tuple(fetch.canaries) if isinstance(fetch, YoutubeFetch) else ()
     pace = Pace(per_hour=fetch.per_hour, canary_keys=canaries)
     name = f"{host}@{socket.gethostname()}"
-    return Lane(job.paths.ledger / "lanes", name, pace, clock=lambda: time.time() + job.ahead_s)
+    return Lane(shared_folder(job.paths) / "lanes", name, pace, clock=lambda: time.time() + job.ahead_s)
 
 
 def visit(
@@ -479,7 +504,7 @@ def _ask(job: Job, shard: int, clip: Clip, fetcher: Any, lane: Lane | None, page
         began_ms,
         reason,
         message,
-        {**known, "asked": job.asked},
+        {**known, "asked": job.asked, "round": job.download.round},
     )
     if section is not None:
         _spool(_spool_path(job.paths.work / "download", shard, clip.id), section, attempt)
@@ -606,7 +631,9 @@ def _to_seal(
     taken_down: set[str],
 ) -> list[Sealing]:
     """The shards whose rows are to change: new clips or settings, new media, another verdict."""
-    verdicts = dict(zip(state.index, zip(state["reason"], state["message"], strict=True), strict=True))
+    fetched = state[state["is_fetched"]]
+    verdicts = dict(zip(fetched.index, zip(fetched["reason"], fetched["message"], strict=True), strict=True))
+    verdicts |= {i: failed for i, failed in fetched["failed"].items() if failed}
     todo = []
     for shard, ids in _wanted(clips).items():
         has = _rows(work, shard, asked, jobs[shard])
@@ -684,7 +711,9 @@ def _kept_media(work: Path, shard: int, asked: str) -> Callable[[str], dict[str,
 
 def _export(state: pd.DataFrame, clips: pd.DataFrame, work: Path, out: Path) -> None:
     """The ledger's state of the manifest's clips as a table, for the audit."""
-    kept = state[state.index.isin(clips["clip_id"])].drop(columns=["asked"]).sort_index().reset_index()
+    kept = (
+        state[state.index.isin(clips["clip_id"])].drop(columns=["asked", "round", "failed"]).sort_index().reset_index()
+    )
     with atomic(work / "visits" / VISITS) as f:
         pq.write_table(pa.Table.from_pandas(kept, preserve_index=False), f)
     publish(work / "visits", out, [VISITS])
@@ -695,7 +724,7 @@ def _refuse_empty_splits(manifest: Manifest, outcomes: pa.Table) -> None:
     reasons = dict(zip(outcomes["clip_id"].to_pylist(), outcomes["reason"].to_pylist(), strict=True))
     for dataset, split in manifest.splits():
         ids = manifest.of(dataset, split)["clip_id"].to_pylist()
-        if not any(i in ok for i in ids):
+        if not any(i in ok or reasons[i] == UNVISITED for i in ids):
             why = ", ".join(f"{r} {n}" for r, n in Counter(reasons[i] for i in ids).most_common(3))
             raise DataError(
                 f"{dataset} {split}: all {len(ids)} clips failed ({why}). Check `download.fetch` in params.yaml; "
