@@ -8,6 +8,7 @@ import os
 import select
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -15,7 +16,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-BROWSER = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
+BROWSER = next(
+    (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
+)
 START = (
     "--headless=new",
     "--no-sandbox",  # test machines often run as root, where the sandbox does not start
@@ -27,6 +30,14 @@ START = (
     "--disable-component-update",
     "--remote-debugging-pipe",
 )
+# the browser reads commands from descriptor 3 and writes to 4, whatever the pipes are called here
+LAUNCH = """
+import fcntl, os, sys
+ends = [fcntl.fcntl(int(end), fcntl.F_DUPFD, 10) for end in sys.argv[1:3]]
+for at, end in enumerate(ends, 3):
+    os.dup2(end, at)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
 
 
 class Chromium:
@@ -43,9 +54,9 @@ class Chromium:
         self.events: list[dict[str, Any]] = []
         self.profile = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
         (their_in, self.out), (self.into, their_out) = os.pipe(), os.pipe()
+        profile = f"--user-data-dir={self.profile.name}"
         self.process = subprocess.Popen(
-            # the browser reads commands from descriptor 3 and writes to 4, whatever they are here
-            ["sh", "-c", f'exec "$@" 3<&{their_in} 4>&{their_out}', "sh", BROWSER, *START, f"--user-data-dir={self.profile.name}"],
+            [sys.executable, "-c", LAUNCH, str(their_in), str(their_out), BROWSER, *START, profile],
             pass_fds=(their_in, their_out),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -72,7 +83,7 @@ class Chromium:
         self.profile.cleanup()
 
     def call(self, method: str, params: Mapping[str, Any] | None = None, session: str | None = None) -> dict[str, Any]:
-        """The browser's answer to one command. Raises RuntimeError where it is an error, TimeoutError where none comes."""
+        """The browser's answer to one command. Raises RuntimeError for an error, TimeoutError where none comes."""
         self.n_sent += 1
         number = self.n_sent
         command = {"id": number, "method": method, "params": dict(params or {})}

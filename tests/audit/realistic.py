@@ -31,12 +31,17 @@ SPLITS = (  # dataset, split, clips, share visited, share missing
     ("clotho", "test", 130, 0.0, 0.0),
 )
 CLASSES = (
-    "Music,Speech,Vehicle,Musical instrument,Male speech; man speaking,Inside; small room,Singing,Guitar,Car,"
-    "Animal,Outside; rural or natural,Violin; fiddle,Bird,Drum,Engine,Dog,Water,Electronic music,Crowd,Piano,"
-    "Train,Wind,Rain,Cat,Siren,Television,Laughter,Hip hop music,Gunshot; gunfire,Boat; Water vehicle,Thunder,"
-    "Applause,Church bell,Sewing machine,Chicken; rooster,Typing,Snoring,Harp,Zither,Chainsaw,Frog,Bicycle bell,"
-    "Accordion,Foghorn,Toothbrush,Didgeridoo,Squeak,Yodeling"
-).split(",")
+    """
+Music | Speech | Vehicle | Musical instrument | Male speech; man speaking | Inside; small room |
+Singing | Guitar | Car | Animal | Outside; rural or natural | Violin; fiddle | Bird | Drum | Engine
+| Dog | Water | Electronic music | Crowd | Piano | Train | Wind | Rain | Cat | Siren | Television |
+Laughter | Hip hop music | Gunshot; gunfire | Boat; Water vehicle | Thunder | Applause | Church bell
+| Sewing machine | Chicken; rooster | Typing | Snoring | Harp | Zither | Chainsaw | Frog | Bicycle
+bell | Accordion | Foghorn | Toothbrush | Didgeridoo | Squeak | Yodeling
+""".replace("\n", " ")
+    .strip()
+    .split(" | ")
+)
 REASONS = {  # reason -> (share of what is missing, its message)
     "gone.private": (0.25, "Private video. Sign in if you've been granted access to this video"),
     "gone.account_terminated": (

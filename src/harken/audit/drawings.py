@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import date
 from typing import Any
 
@@ -19,7 +19,8 @@ Row = Mapping[str, Any]
 
 Z_INNER, Z_OUTER = 1.960, 3.090  # two-sided 95 % and 99.8 %, the usual limits of a funnel plot (Spiegelhalter 2005)
 N_NAMED = 8  # labels named in a funnel; more hide the points
-NAME_GAP_PX = 15.0
+NAME_GAP_PX = 13.0
+LETTER_PX, NARROW_PX = 7.0, 310.0  # a letter of a name, and the plot on a phone
 FUNNEL_PX = 330
 SURVIVAL_PX = 190
 MIN_SEGMENT_LABEL = 0.075  # narrower segments have no room for their figure on a phone
@@ -93,7 +94,8 @@ def funnel(labels: Sequence[Row], share: float, title: str) -> Markup:
     """Availability of each label against its number of clips, within limits for a split that loses at random.
 
     labels: rows with name, n, n_ok, rate, q_value, is_biased, is_rare. share: what is left of the whole split, 0..1.
-    The limits are share +- z sqrt(share (1 - share) / n) (Spiegelhalter 2005). The labels that stand out most are named.
+    The limits are share +- z sqrt(share (1 - share) / n) (Spiegelhalter 2005). The labels that stand out most are
+    named.
     """
     spread = math.sqrt(share * (1 - share))
     low_n, high_n = min(x["n"] for x in labels), max(x["n"] for x in labels)
@@ -121,12 +123,8 @@ def funnel(labels: Sequence[Row], share: float, title: str) -> Markup:
         kind = "point biased" if x["is_biased"] else "point"
         tip = f"{visible(x['name'])}: {x['n_ok']:,} of {x['n']:,} usable ({100 * x['rate']:.1f} %)"
         body += _circle(_at(at_x(x["n"])), _at(at_y(x["rate"])), 4, kind, tip)
-    for x, y_px in _named(labels, at_y):
-        across = at_x(x["n"])
-        side = "end" if across > 0.5 else "start"
-        body += _text(
-            _at(across), f"{y_px:.1f}", _short(visible(x["name"])), f"name {side}", dx=-9 if across > 0.5 else 9
-        )
+    for name, across, y_px, side in _named(labels, share, at_x, at_y):
+        body += _text(_at(across), f"{y_px:.1f}", name, f"name {side}", dx=9 if side == "start" else -9)
     return _svg(FUNNEL_PX, title, body, "plot")
 
 
@@ -162,16 +160,26 @@ def survival(curve: Sequence[Row], published: Sequence[Row], title: str) -> Mark
     return _svg(SURVIVAL_PX, title, body, "plot")
 
 
-def _named(labels: Sequence[Row], at_y: Any) -> list[tuple[Row, float]]:
-    """The labels that stand out most and the heights of their names in px, apart enough to be read."""
-    biased = sorted((x for x in labels if x["is_biased"]), key=lambda x: (x["q_value"], str(x["label"])))
-    placed: list[tuple[Row, float]] = []
-    for x in biased:
-        wanted = FUNNEL_PX * at_y(x["rate"])
-        for shift in (0.0, -NAME_GAP_PX, NAME_GAP_PX):
-            y_px = min(max(wanted + shift, 8.0), FUNNEL_PX - 8.0)
-            if all(abs(y_px - other) >= NAME_GAP_PX for _, other in placed):
-                placed.append((x, y_px))
+def _named(
+    labels: Sequence[Row], share: float, at_x: Callable[[float], float], at_y: Callable[[float], float]
+) -> list[tuple[str, float, float, str]]:
+    """Names of the labels that stand out most, where they hide neither each other nor a point that stands out.
+
+    Each with its place across (share of the plot), its height in px, and the side of its point that it begins from.
+    """
+    biased = [x for x in labels if x["is_biased"]]
+    biased.sort(key=lambda x: (x["q_value"], -abs(x["rate"] - share) * math.sqrt(x["n"]), str(x["label"])))
+    points = [(at_x(x["n"]), FUNNEL_PX * at_y(x["rate"])) for x in biased]
+    placed: list[tuple[str, float, float, str]] = []
+    for k, (x, (across, wanted)) in enumerate(zip(biased, points, strict=True)):
+        name = _short(visible(x["name"]))
+        width = len(name) * LETTER_PX / NARROW_PX
+        for side in ("end", "start") if across > 0.5 else ("start", "end"):
+            left, right = (across, across + width) if side == "start" else (across - width, across)
+            others = [y for i, (at, y) in enumerate(points) if i != k and left <= at <= right]
+            heights = [*others, *(y for _, _, y, _ in placed)]
+            if left >= 0 and right <= 1.05 and all(abs(y - wanted) >= NAME_GAP_PX for y in heights):
+                placed.append((name, across, wanted, side))
                 break
         if len(placed) == N_NAMED:
             break
@@ -204,7 +212,7 @@ def _y_axis(low: float, high: float) -> Markup:
     return body
 
 
-def _n_axis(low: int, high: int, at_x: Any) -> Markup:
+def _n_axis(low: int, high: int, at_x: Callable[[float], float]) -> Markup:
     steps = [1, 3] if high < 3000 * low else [1]
     ticks = [s * 10**k for k in range(8) for s in steps if low <= s * 10**k <= high] or [high]
     body = Markup("")
@@ -215,8 +223,8 @@ def _n_axis(low: int, high: int, at_x: Any) -> Markup:
     return body
 
 
-def _year_axis(first: int, last: int, at_x: Any) -> Markup:
-    years = [y for y in range(date.fromordinal(first).year, date.fromordinal(last).year + 1)]
+def _year_axis(first: int, last: int, at_x: Callable[[int], float]) -> Markup:
+    years = range(date.fromordinal(first).year, date.fromordinal(last).year + 1)
     every = 1 if len(years) <= 5 else 2 if len(years) <= 12 else 5
     body = Markup("")
     for year in years:
