@@ -136,9 +136,26 @@ def test_two_laboratories_find_what_both_hold(project: Path) -> None:
     assert (project / "both.txt").read_text().split() == [youtube_id(k, 0, 10) for k in KEYS[1:3]]
     assert rows["test"]["common"]["n_present"] == 2
     assert "audiocaps" in say("compare", "a.json", "b.json")
+    for name, held in (("c.csv", KEYS[:3]), ("d.txt", KEYS[2:7])):
+        (project / name).write_text("".join(f"{k}\n" for k in held))
+    row = facts("compare", "c.csv", "d.txt", "--dataset", "audiocaps", "--split", "test")[0]
+    assert (row["n_total"], row["n_a"], row["n_b"], row["n_both"]) == (4, 3, 2, 1)
+    with pytest.raises(ConfigError, match="Say of which split: --dataset audiocaps --split test"):
+        say("compare", "c.csv", "d.txt")
     (project / "c.json").write_text("nothing")
     with pytest.raises(DataError, match=r"c.json: not an audit report"):
         say("compare", "a.json", "c.json")
+
+
+def test_before_anything_is_asked_for_others_lists_are_audited(project: Path) -> None:
+    with pytest.raises(DataError, match="has no shards"):
+        say("audit")
+    (project / "theirs.txt").write_text("".join(f"{k}\n" for k in KEYS[:3]))
+    say("import", "theirs.txt", "--who", "Lab X", "--dataset", "audiocaps", "--split", "test")
+    report = facts("audit", "--page", "page.html")
+    assert [(o["n_present"], o["n_listed"]) for o in report["observations"]] == [(3, 4)]
+    assert all(s["rates"] is None for s in report["splits"])
+    assert "Lab X" in (project / "page.html").read_text()
 
 
 def test_another_laboratory_s_list_is_counted_and_named(project: Path) -> None:

@@ -95,10 +95,15 @@ def audit(
     from harken.stages.audit import AuditConfig, observations, outcomes_of, report_of, visited
 
     paths, cfg = load("paths", Paths), load("audit", AuditConfig)
+    observed = [*observations(paths, cfg), *read_observations(paths.ledger / "observations"), *_censuses(paths)]
     state = state_of(paths)
     # media that came from elsewhere, by `dvc pull`, say what became of each clip but not when
-    outcomes = visited(ledger(paths.media)) if state.empty else _without(outcomes_of(state[state["is_fetched"]]), paths)
-    observed = [*observations(paths, cfg), *read_observations(paths.ledger / "observations"), *_censuses(paths)]
+    if not state.empty:
+        outcomes = _without(outcomes_of(state[state["is_fetched"]]), paths)
+    elif observed and not paths.media.is_dir():
+        outcomes = outcomes_of(state)  # nobody was asked yet: what other laboratories held is all there is
+    else:
+        outcomes = visited(ledger(paths.media))
     before = None if since is None else _outcomes_at(paths, _end_of(since, paths))
     report = report_of(paths, cfg, outcomes, None if state.empty else state, observed, before)
     if page is not None:
@@ -110,7 +115,7 @@ def audit(
     _print_audit(report)
     shown = page or paths.audit / "audit.html"
     if shown.is_file():
-        out.print(f"\n{'Page' if page else 'Page of the last `dvc repro`'}: {shown}", markup=False)
+        out.print(f"\n{'Page' if page else 'Page of the last `dvc repro`'}: {shown}", markup=False, soft_wrap=True)
 
 
 def _without(outcomes: pa.Table, paths: Paths) -> pa.Table:
@@ -168,11 +173,13 @@ def _rate(rate: dict[str, float] | None) -> str:
     return f"{100 * rate['rate_low']:.1f} % [{100 * rate['ci_low']:.1f}, {100 * rate['ci_high']:.1f}]"
 
 
-@app.command(epilog="Example: harken compare ours.json theirs.json")
+@app.command(epilog="Example: harken compare ours.json theirs.json --ids both.txt")
 def compare(
-    a: Annotated[Path, typer.Argument(help="An audit report: harken audit --json > a.json")],
+    a: Annotated[Path, typer.Argument(help="An audit report (harken audit --json > a.json), or a list of ids.")],
     b: Annotated[Path, typer.Argument(help="Another laboratory's.")],
     ids: Annotated[Path | None, typer.Option(help="Write the ids that both hold here, one per line.")] = None,
+    dataset: Annotated[str, typer.Option(help="Of lists of ids: audioset or audiocaps.")] = "",
+    split: Annotated[str, typer.Option(help="Of lists of ids: train, val or test.")] = "",
     as_json: AsJson = False,
 ) -> None:
     """Which clips of each split two laboratories both hold, from their passports: no media change hands."""
@@ -180,12 +187,12 @@ def compare(
     from harken.evaluation.passports import common, from_report
     from harken.evaluation.passports import compare as compared
 
-    ours, theirs = _read_report(a), _read_report(b)
-    official: dict[tuple[str, str], list[str]] = {}
     manifest = load("paths", Paths).manifest
+    official: dict[tuple[str, str], list[str]] = {}
     if (manifest / "clips.parquet").is_file():
         listed = Manifest.read(manifest)
         official = {pair: listed.of(*pair)["clip_id"].to_pylist() for pair in listed.splits()}
+    ours, theirs = (_read_holdings(p, dataset, split, official) for p in (a, b))
     rows = compared(ours, theirs, {k: v for k, v in official.items() if _is_listed(ours, k, v)})
     if ids is not None:
         found: list[str] = []
@@ -204,6 +211,23 @@ def compare(
         numbers = [f"{r[k]:,}" for k in ("n_total", "n_a", "n_b", "n_both")]
         table.add_row(r["dataset"], r["split"], *numbers, r["common"]["text"] if r["common"] else "")
     out.print(table)
+
+
+def _read_holdings(path: Path, dataset: str, split: str, official: dict[tuple[str, str], list[str]]) -> dict[str, Any]:
+    """An audit report, or a list of video ids as the report of the one split that it is of."""
+    if path.suffix == ".json":
+        return _read_report(path)
+    from harken.audit.observations import Observation, read_id_list
+    from harken.evaluation.passports import passport_of
+
+    if (dataset, split) not in official:
+        pairs = ", ".join(f"--dataset {d} --split {s}" for d, s in official) or "none: run `catalog` first"
+        raise ConfigError(f"compare {path}: no .json report, so a list of ids. Say of which split: {pairs}.")
+    listed = official[dataset, split]
+    held = Observation.of(path.name, "undated", path.name, dataset, split, read_id_list(path))
+    present = held.present(pa.array([i[3:14] for i in listed]))
+    passport = passport_of(dataset, split, listed, present, "listed by its holder")
+    return {"splits": [{"dataset": dataset, "split": split, "passport": passport}]}
 
 
 def _read_report(path: Path) -> dict[str, Any]:
@@ -253,7 +277,11 @@ def import_(
     if as_json:
         print(json.dumps({"who": who, "when": when, "n_ids": len(observed.ids), "file": str(target)}))
         return
-    out.print(f"{len(observed.ids):,} ids of {who} ({when}). `harken audit` counts them from now on.", markup=False)
+    out.print(
+        f"{len(observed.ids):,} ids of {who} ({when}). `harken audit` counts them from now on.",
+        markup=False,
+        soft_wrap=True,
+    )
 
 
 def _import_media(folder: Path, into: Path, paths: Paths, as_json: bool) -> None:
@@ -268,7 +296,7 @@ def _import_media(folder: Path, into: Path, paths: Paths, as_json: bool) -> None
         print(json.dumps(result.to_dict(), indent=1))
         return
     for line in describe(result):
-        out.print(line, markup=False)
+        out.print(line, markup=False, soft_wrap=True)
     out.print(
         f"Next, in params.yaml: download.fetch.youtube: {{by: folder, at: {into}}}; raise download.round; make repro",
         markup=False,
@@ -293,7 +321,7 @@ def forget(
         print(json.dumps(report.to_dict(), indent=1))
         return
     for line in takedown.describe(report):
-        out.print(line, markup=False)
+        out.print(line, markup=False, soft_wrap=True)
 
 
 @app.command(epilog="Example: harken estimate")
@@ -317,9 +345,9 @@ def estimate(as_json: AsJson = False) -> None:
         print(json.dumps(rows, indent=1))
         return
     for r in rows:
-        out.print(f"{r['host']} ({r['by']}): {r['text']}", markup=False)
+        out.print(f"{r['host']} ({r['by']}): {r['text']}", markup=False, soft_wrap=True)
         for part in r["in_order"]:
-            out.print(f"  {part['dataset']} {part['split']}: {part['n_clips']:,}", markup=False)
+            out.print(f"  {part['dataset']} {part['split']}: {part['n_clips']:,}", markup=False, soft_wrap=True)
 
 
 @app.command("accept-terms", epilog="Example: harken accept-terms youtube --who 'J. Doe, Example University'")
@@ -347,7 +375,7 @@ def accept_terms(
     if as_json:
         print(json.dumps({"host": host, "is_accepted": True, "who": found.who}))
         return
-    out.print(f"Accepted by {found.who}, recorded in {shared_folder(paths)}.", markup=False)
+    out.print(f"Accepted by {found.who}, recorded in {shared_folder(paths)}.", markup=False, soft_wrap=True)
 
 
 @app.command(epilog="Example: harken census --country DE")
@@ -405,7 +433,11 @@ def census(
     if as_json:
         print(json.dumps({"found": dict(tally), "n_left": len(ids_of) - sum(tally.values()), "paused": paused}))
     else:
-        out.print(", ".join(f"{k} {n:,}" for k, n in tally.most_common()) or "nothing to ask for", markup=False)
+        out.print(
+            ", ".join(f"{k} {n:,}" for k, n in tally.most_common()) or "nothing to ask for",
+            markup=False,
+            soft_wrap=True,
+        )
     if paused:
         raise HarkenError(paused)
 
@@ -433,5 +465,5 @@ def reclassify(
         print(json.dumps({"changes": changes, "is_written": not dry_run}))
         return
     for what, n in changes.items():
-        out.print(f"{what}: {n:,}", markup=False)
+        out.print(f"{what}: {n:,}", markup=False, soft_wrap=True)
     out.print(f"{rulings.num_rows:,} verdicts {'would change' if dry_run else 'changed'}.")

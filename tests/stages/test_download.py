@@ -22,13 +22,14 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "faults"))
 from scripted_site import CANARIES, KINDS, Site, Storm, make_media
 
 from harken.attempts import fold, read
+from harken.audit.rates import audit
 from harken.clips import Manifest, Split
 from harken.config import Paths
 from harken.engines import inline, local
 from harken.errors import ConfigError, DataError
 from harken.media import lanes
 from harken.media.lanes import LanePaused
-from harken.media.reasons import POLICIES
+from harken.media.reasons import POLICIES, group
 from harken.shards import ledger, read_table
 from harken.stages import download
 from harken.stages.download import UNVISITED, DownloadConfig
@@ -129,6 +130,10 @@ def check_two_runs(lab: Lab, patience_s: float) -> None:
     assert 0 < len(second) < len(first) / 5
     planted = {p.key: lab.site.reason_at(p.key, 48.0) for p in lab.site.planted}
     assert lab.reasons() == planted
+    told = audit(Manifest.read(lab.paths.manifest).table, ledger(lab.paths.media), group)["splits"][0]
+    assert {r["reason"]: r["count"] for r in told["reasons"]} == Counter(r for r in planted.values() if r)
+    usable = sum(not r for r in planted.values()) / len(planted)
+    assert told["rates"]["usable"]["ci_low"] == told["rates"]["usable"]["ci_high"] == usable
     state = lab.state(ahead_s)
     confirmed = state[state["reason"] == "gone.unspecified"]
     assert set(confirmed["state"]) == {"gone"}  # seen twice, a day apart
