@@ -28,7 +28,7 @@ repro: $(READY) ## run the pipeline that params.yaml describes (as committed: th
 
 test: $(READY) ## ruff, types, import contracts and the default tests
 	$(MAKE) --no-print-directory lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadgroup
 
 lint: $(READY) ## style, types and who may import whom
 	$(BIN)/ruff check .

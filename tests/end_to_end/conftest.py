@@ -34,3 +34,10 @@ def corridor(tmp_path_factory: pytest.TempPathFactory) -> Corridor:
     found.write()
     found.run_all(WAVES)
     return found
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whoever needs the corridor runs in one process, where it is made once."""
+    for item in items:
+        if "corridor" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.xdist_group("corridor"))
