@@ -159,6 +159,7 @@ def _print_audit(report: dict[str, Any]) -> None:
         out.print(
             f"{o['who']} ({o['when']}): {o['n_present']:,} of {o['n_listed']:,} of {o['dataset']} {o['split']}",
             markup=False,
+            soft_wrap=True,
         )
     if drift := report["drift"]:
         out.print(
@@ -281,6 +282,7 @@ def import_(
         f"{len(observed.ids):,} ids of {who} ({when}). `harken audit` counts them from now on.",
         markup=False,
         soft_wrap=True,
+        soft_wrap=True,
     )
 
 
@@ -300,6 +302,7 @@ def _import_media(folder: Path, into: Path, paths: Paths, as_json: bool) -> None
     out.print(
         f"Next, in params.yaml: download.fetch.youtube: {{by: folder, at: {into}}}; raise download.round; make repro",
         markup=False,
+        soft_wrap=True,
     )
 
 
@@ -436,6 +439,7 @@ def census(
         out.print(
             ", ".join(f"{k} {n:,}" for k, n in tally.most_common()) or "nothing to ask for",
             markup=False,
+            soft_wrap=True,
             soft_wrap=True,
         )
     if paused:
