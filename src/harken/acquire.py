@@ -282,7 +282,6 @@ def import_(
         f"{len(observed.ids):,} ids of {who} ({when}). `harken audit` counts them from now on.",
         markup=False,
         soft_wrap=True,
-        soft_wrap=True,
     )
 
 
@@ -439,7 +438,6 @@ def census(
         out.print(
             ", ".join(f"{k} {n:,}" for k, n in tally.most_common()) or "nothing to ask for",
             markup=False,
-            soft_wrap=True,
             soft_wrap=True,
         )
     if paused:
