@@ -22,13 +22,14 @@ import pyarrow.parquet as pq
 
 import interleaved
 from bench_ledger import T0_MS, make_ledger
-from harken.attempts import FOLD_COLUMNS, fold, read
+from harken.attempts import FOLD_COLUMNS, read
 from harken.audit import page
 from harken.audit.rates import audit
 from harken.clips import SCHEMA, Manifest
 from harken.evaluation.passports import passport_of
-from harken.media.reasons import POLICIES, group
+from harken.media.reasons import group
 from harken.stages.audit import outcomes_of
+from harken.stages.download import states
 
 SIZES = {"train": 2_041_789, "val": 22_160, "test": 20_371}
 N_LABELS = 527
@@ -76,7 +77,7 @@ def run(folder: Path, told: multiprocessing.Queue[tuple[str, float]]) -> None:
     lap("manifest read")
     table = read(folder / "ledger", FOLD_COLUMNS)
     lap("ledger read")
-    state = fold(table, POLICIES, NOW_MS)
+    state = states(table, NOW_MS)
     del table
     lap("fold to state")
     report = audit(manifest, outcomes_of(state), group, attempts_state=state, passport=passport_of)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import socket
 import time
 from collections import Counter
@@ -30,45 +31,26 @@ def _now_ms() -> int:
 
 def state_of(paths: Paths) -> pd.DataFrame:
     """What the ledger of the current preset says of each clip now; empty where nothing was asked for yet."""
-    return _state(paths, _now_ms())
+    from harken.stages.download import states
+
+    return states(_attempts(paths), _now_ms())
 
 
-def _state(paths: Paths, until_ms: int) -> pd.DataFrame:
-    """What the ledger of the current preset says of each clip at a time; empty where nothing was asked for yet."""
-    from harken.attempts import FOLD_COLUMNS, SCHEMA, fold, read
-    from harken.media.reasons import POLICIES
+def _attempts(paths: Paths) -> pa.Table:
+    """The ledger of the current preset."""
+    from harken.attempts import FOLD_COLUMNS, SCHEMA, read
     from harken.stages.download import DownloadConfig, is_world, ledger_folder
 
-    cfg = load("download", DownloadConfig)
+    cfg, columns = load("download", DownloadConfig), [*FOLD_COLUMNS, "run_id"]
     if is_world(cfg) and not (paths.lists / "truth.json").is_file():
-        table = SCHEMA.empty_table().select(FOLD_COLUMNS)  # no world was made yet
-    else:
-        table = read(ledger_folder(paths, cfg), FOLD_COLUMNS)
-    if until_ms < _now_ms():
-        table = table.filter(pa.compute.less_equal(table["ended_ms"], until_ms))
-    state = fold(table, POLICIES, until_ms)
-    fetched = table.filter(pa.compute.not_equal(table["step"].cast(pa.string()), "census"))["clip_id"].unique()
-    return state.assign(is_fetched=state["clip_id"].isin(set(fetched.to_pylist())))
+        return SCHEMA.empty_table().select(columns)  # no world was made yet
+    return read(ledger_folder(paths, cfg), columns)
 
 
-def _outcomes_at(paths: Paths, until_ms: int) -> pa.Table:
-    """What was known of the clips asked for by then. A census says nothing of what is usable, so it is no visit."""
-    from harken.stages.audit import outcomes_of
-
-    state = _state(paths, until_ms)
-    return outcomes_of(state[state["is_fetched"]])
-
-
-def _censuses(paths: Paths) -> list[Observation]:
+def _censuses(table: pa.Table, paths: Paths) -> list[Observation]:
     """Our own censuses as observations, like those of other laboratories: of each split, what was there at the last."""
-    from harken.attempts import read
     from harken.clips import Manifest
-    from harken.stages.download import DownloadConfig, is_world, ledger_folder
 
-    cfg = load("download", DownloadConfig)
-    if is_world(cfg):
-        return []  # no official API knows its videos
-    table = read(ledger_folder(paths, cfg), ["clip_id", "step", "outcome", "ended_ms"])
     table = table.filter(pa.compute.equal(table["step"].cast(pa.string()), "census")).sort_by("ended_ms")
     if not table.num_rows:
         return []
@@ -93,18 +75,23 @@ def audit(
     from harken.audit.observations import read_observations
     from harken.shards import atomic, ledger
     from harken.stages.audit import AuditConfig, observations, outcomes_of, report_of, visited
+    from harken.stages.download import states
 
-    paths, cfg = load("paths", Paths), load("audit", AuditConfig)
-    observed = [*observations(paths, cfg), *read_observations(paths.ledger / "observations"), *_censuses(paths)]
-    state = state_of(paths)
+    paths, cfg, now_ms = load("paths", Paths), load("audit", AuditConfig), _now_ms()
+    asked = _attempts(paths)
+    state = states(asked, now_ms)
+    observed = [*observations(paths, cfg), *read_observations(paths.ledger / "observations"), *_censuses(asked, paths)]
     # media that came from elsewhere, by `dvc pull`, say what became of each clip but not when
     if not state.empty:
-        outcomes = _without(outcomes_of(state[state["is_fetched"]]), paths)
+        outcomes = _without(outcomes_of(state), paths)
     elif observed and not paths.media.is_dir():
         outcomes = outcomes_of(state)  # nobody was asked yet: what other laboratories held is all there is
     else:
         outcomes = visited(ledger(paths.media))
-    before = None if since is None else _outcomes_at(paths, _end_of(since, paths))
+    before = None
+    if since is not None:
+        until_ms = _end_of(since, asked)
+        before = outcomes_of(states(asked.filter(pa.compute.less_equal(asked["ended_ms"], until_ms)), until_ms))
     report = report_of(paths, cfg, outcomes, None if state.empty else state, observed, before)
     if page is not None:
         with atomic(page) as f:
@@ -131,16 +118,12 @@ def _without(outcomes: pa.Table, paths: Paths) -> pa.Table:
     return outcomes
 
 
-def _end_of(since: str, paths: Paths) -> int:
+def _end_of(since: str, asked: pa.Table) -> int:
     """The time (epoch ms) until which the earlier state is taken: the start of a day, or the end of a run."""
-    from harken.attempts import read
-    from harken.stages.download import DownloadConfig, ledger_folder
-
     try:
         return round(pd.Timestamp(since, tz="UTC").timestamp() * 1000)
     except ValueError:
-        table = read(ledger_folder(paths, load("download", DownloadConfig)), ["run_id", "ended_ms"]).to_pandas()
-    ends = table.groupby("run_id", observed=True)["ended_ms"].max()
+        ends = asked.select(["run_id", "ended_ms"]).to_pandas().groupby("run_id", observed=True)["ended_ms"].max()
     if since not in ends.index:
         known = ", ".join(f"{r} ({pd.Timestamp(int(t), unit='ms'):%Y-%m-%d})" for r, t in ends.tail(8).items())
         raise ConfigError(f"audit --since {since}: neither a date such as 2026-11-01 nor a run. Last runs: {known}.")
@@ -218,7 +201,7 @@ def _read_holdings(path: Path, dataset: str, split: str, official: dict[tuple[st
     """An audit report, or a list of video ids as the report of the one split that it is of."""
     if path.suffix == ".json":
         return _read_report(path)
-    from harken.audit.observations import Observation, read_id_list
+    from harken.audit.observations import read_id_list
     from harken.evaluation.passports import passport_of
 
     if (dataset, split) not in official:
@@ -393,7 +376,7 @@ def census(
     from harken.media.census import BASE_URL, Census, CensusPaused, key_from_environment
     from harken.media.reasons import RULE_VERSION
     from harken.media.versions import tools
-    from harken.stages.download import _RNG, DownloadConfig, YoutubeFetch, in_order, ledger_folder, shared_folder
+    from harken.stages.download import DownloadConfig, YoutubeFetch, in_order, ledger_folder, shared_folder
 
     paths, cfg = load("paths", Paths), load("download", DownloadConfig)
     fetch = cfg.fetch.get("youtube")
@@ -415,13 +398,14 @@ def census(
         country=country,
     )
     tally: Counter[str] = Counter()
-    run_id, lane, paused = new_id(_now_ms(), _RNG), f"data-api@{socket.gethostname()}", ""
+    rng = random.SystemRandom()
+    run_id, lane, paused = new_id(_now_ms(), rng), f"data-api@{socket.gethostname()}", ""
     with AttemptLog(book, run_id, "census") as writer:
         try:
             for n, finding in enumerate(asked.ask(ids_of)):
                 for clip_id in ids_of[finding.key]:
                     attempt = Attempt(
-                        new_id(finding.began_ms, _RNG), run_id, "census", lane, clip_id, "census", finding.began_ms,
+                        new_id(finding.began_ms, rng), run_id, "census", lane, clip_id, "census", finding.began_ms,
                         finding.ended_ms, finding.outcome, finding.reason, RULE_VERSION, finding.message,
                         {**finding.facts, "where": "extract"}, tools(),
                     )  # fmt: skip

@@ -46,7 +46,7 @@ import pyarrow.json
 import pyarrow.parquet as pq
 
 from harken.errors import ConfigError, DataError, unknown
-from harken.shards import atomic
+from harken.shards import atomic, sync_folder
 
 if TYPE_CHECKING:  # a worker that only appends need not pay for it
     import pandas as pd
@@ -197,7 +197,7 @@ class AttemptLog:
             raise DataError(f"{self.path}: another process is writing here. Give every worker a name of its own.")
         self._size = _whole_bytes(self.path.read_bytes())
         os.ftruncate(self._fd, self._size)  # of a line that was cut short
-        _sync_folder(self.path.parent)  # the file's name must survive, too
+        sync_folder(self.path.parent)  # the file's name must survive, too
         return self
 
     def __exit__(
@@ -294,14 +294,6 @@ def _unlock(fd: int) -> None:
     os.close(fd)
 
 
-def _sync_folder(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
 def _whole_bytes(data: bytes) -> int:
     """How many bytes are whole lines."""
     return data.rfind(b"\n") + 1
@@ -338,7 +330,7 @@ def _seal_segment(path: Path) -> None:
     if table.num_rows:
         with atomic(sealed) as f:
             pq.write_table(table.sort_by("attempt_id").unify_dictionaries(), f, compression="zstd")
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     path.unlink(missing_ok=True)
 
 

@@ -171,7 +171,7 @@ def dask(address: str = "") -> Map:
             where: Any = address
             if not address:
                 stack.enter_context(_one_thread())
-                size = min(n_workers(), len(todo))
+                size = _pool_size(len(todo))
                 # port 0: any free one, or two stages at once would quarrel over the dashboard's
                 cluster = LocalCluster(n_workers=size, threads_per_worker=1, dashboard_address=":0")
                 where = stack.enter_context(cluster)

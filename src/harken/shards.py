@@ -53,6 +53,15 @@ def atomic(path: Path) -> Iterator[BinaryIO]:
         tmp.unlink(missing_ok=True)
 
 
+def sync_folder(folder: Path) -> None:
+    """Make the names in `folder` durable: a file's own fsync does not."""
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
 def write_json(path: Path, value: Any) -> None:
     """`value` as indented JSON with sorted keys, atomically."""
     with atomic(path) as f:

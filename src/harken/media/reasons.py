@@ -38,6 +38,7 @@ def _table(*rows: tuple[str, str, Retry]) -> dict[str, Reason]:
     return {code: Reason(code, about, retry) for code, about, retry in rows}
 
 
+UNVISITED: Final = "local.unvisited"
 REASONS: Final[dict[str, Reason]] = _table(
     ("session.bot_check", "us", "session"),
     ("session.rate_limited", "us", "session"),
@@ -91,7 +92,7 @@ REASONS: Final[dict[str, Reason]] = _table(
     ("local.oom", "us", "session"),
     ("local.killed", "us", "session"),
     ("local.bug", "us", "never"),
-    ("local.unvisited", "us", "soon"),  # not asked for yet: a row of an unfinished download
+    (UNVISITED, "us", "soon"),  # not asked for yet: a row of an unfinished download
     ("local.forgotten", "us", "never"),  # taken down here on request, whatever the platform has
     ("folder.absent", "us", "never"),
     ("unknown.unmapped", "us", "later"),  # no rule matched: the audit raises an alarm when these grow
@@ -138,7 +139,7 @@ def group(code: str) -> Group:
 MEASURED: Final = frozenset(
     {
         "media.no_range", "media.empty", "qc.past_end", "qc.short", "qc.no_audio", "qc.no_video", "qc.silent",
-        "qc.frozen", "qc.id_mismatch", "local.killed", "local.unvisited", "local.forgotten", "folder.absent",
+        "qc.frozen", "qc.id_mismatch", "local.killed", UNVISITED, "local.forgotten", "folder.absent",
     }
 )  # fmt: skip
 """What harken's own checks find out and no message says: `classify` gives none of them."""

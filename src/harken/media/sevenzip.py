@@ -25,7 +25,7 @@ import py7zr
 from py7zr.io import Py7zIO, WriterFactory
 
 from harken.errors import DataError
-from harken.shards import write_json
+from harken.shards import sync_folder, write_json
 
 INDEX: Final = ".members.json"  # of an extracted folder: every member's size and CRC; its name is refused for a member
 _ENDS: Final = "the header at the start or the end"
@@ -149,9 +149,9 @@ def extract(archive: Path, target: Path) -> None:
     try:
         _unpack(archive, work, listed)
         write_json(work / INDEX, {m.name: [m.size, m.crc32] for m in listed})
-        _sync(work)
+        sync_folder(work)
         work.rename(target)
-        _sync(target.parent)
+        sync_folder(target.parent)
     except OSError as e:
         raise DataError(
             f"{target}: cannot be written ({e}). Make room or choose another folder, then run again."
@@ -332,15 +332,6 @@ def _unpack(archive: Path, work: Path, listed: list[Member]) -> None:
             f"{archive}: {n_files} files unpacked, {len(listed)} listed, {len(wrong)} wrong ({wrong[:3]}). Nothing was"
             " kept: get the archive again, and unpack it on a file system that tells upper from lower case."
         )
-
-
-def _sync(folder: Path) -> None:
-    """Make the names in `folder` durable."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _first_bad(archive: Path, file: io.BufferedReader, stream: _Stream) -> Suspect | None:

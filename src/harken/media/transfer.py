@@ -8,7 +8,6 @@ name is ever built upon. Where the MD5 is wrong at the end, the parts that can b
 from __future__ import annotations
 
 import contextlib
-import email.utils
 import glob
 import hashlib
 import http.client
@@ -31,6 +30,7 @@ from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_aft
 
 from harken.errors import DataError
 from harken.media import sevenzip
+from harken.media.range_reader import retry_after_s
 from harken.media.sevenzip import Suspect
 from harken.shards import write_json
 
@@ -501,7 +501,7 @@ class _Client:
         part = self._part
         status, headers = error.code, error.headers
         if status in _TRANSIENT:
-            wait_s = _retry_after(headers.get("Retry-After"))
+            wait_s = retry_after_s(headers.get("Retry-After"))
             if wait_s is not None and wait_s > self._patience_s:
                 raise DataError(
                     f"{part.url}: the server (HTTP {status}) asks to wait {wait_s:.0f} s. {part.held_bytes} bytes are"
@@ -535,15 +535,3 @@ class _Client:
             f" Use an address that honours them (on zenodo.org: /records/..., not /api/...), or get"
             f" {self._part.target.name} by hand and put it at {self._part.target}. What had arrived is kept."
         )
-
-
-def _retry_after(text: str | None) -> float | None:
-    """The seconds that a Retry-After header asks for, given as a number or as a date."""
-    if not text:
-        return None
-    if text.strip().isdecimal():
-        return float(text)
-    try:
-        return max(0.0, email.utils.parsedate_to_datetime(text).timestamp() - time.time())
-    except ValueError:
-        return None

@@ -24,12 +24,11 @@ from harken.config import Config, Paths
 from harken.engines import Map
 from harken.errors import DataError
 from harken.evaluation.passports import passport_of
-from harken.media.reasons import group
+from harken.media.reasons import UNVISITED, group
 from harken.shards import FAILED, OK, atomic, ledger, publish, write_json
 
 log = logging.getLogger("harken")
 CODE = ("stages/audit.py", "audit", "evaluation/passports.py", "media/reasons.py", "attempts.py", "shards.py")
-UNVISITED = "local.unvisited"
 
 
 class ObservationList(Config):
@@ -99,8 +98,11 @@ def visited(outcomes: pa.Table) -> pa.Table:
 
 
 def outcomes_of(state: pd.DataFrame) -> pa.Table:
-    """A ledger's states (`harken.attempts.fold`) as outcomes. A clip that is due and has no reason is unvisited."""
-    known = state[(state["state"] == OK) | (state["reason"] != "")]
+    """A ledger's states (`harken.stages.download.states`) as outcomes.
+
+    What only a census saw is no visit, nor is a clip that is due and has no reason.
+    """
+    known = state[state["is_fetched"] & ((state["state"] == OK) | (state["reason"] != ""))]
     status = known["state"].map(lambda s: OK if s == OK else FAILED)
     rows = {"clip_id": known["clip_id"], "status": status, "reason": known["reason"], "message": known["message"]}
     return pa.table({name: pa.array(column, pa.string()) for name, column in rows.items()})

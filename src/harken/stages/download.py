@@ -5,8 +5,9 @@ taken again with other settings; `start_s` and `end_s` say where the clip lies o
 
 Who is asked, and when, follows from the ledger of attempts, which this stage only appends to: what is stored is not
 asked for again, what is gone is not asked for again, what may come back is asked again when its reason's policy allows.
-Small splits are asked for first and each split in the fixed random order of its hashes, so that a run stopped at any
-time leaves an unbiased sample. Clips not asked for yet are rows with the reason `local.unvisited`.
+Small splits are asked for first and the clips of each in the fixed random order of their hashes, so that a run stopped
+at any time leaves an unbiased sample of what no smaller split names. Clips not asked for yet are rows with the reason
+`local.unvisited`.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ from harken.errors import ClipError, ConfigError, DataError
 from harken.media import lanes
 from harken.media.fetchers import FETCHERS
 from harken.media.lanes import Answer, Lane, LanePaused, Pace, VoidRange
-from harken.media.reasons import POLICIES, RULE_VERSION
+from harken.media.reasons import POLICIES, RULE_VERSION, UNVISITED
 from harken.media.section import Section
 from harken.media.versions import tools
 from harken.progress import track
@@ -73,7 +74,6 @@ COLUMNS = {
     "has_images": pa.bool_(),
 }
 _RNG = random.Random(os.urandom(16))  # only makes names unique; nothing that is computed depends on it
-UNVISITED = "local.unvisited"
 VISITS = "visits.parquet"
 
 
@@ -120,7 +120,7 @@ class DownloadConfig(Config):
 
     `{world}` in an address is the built-in corpus' loopback server, started for the stage. `limit`: ask for so many
     clips at most in one run (null: all that are due). `patience_s`: how long one run waits for clips that may be asked
-    for again soon. `round`: raise it to ask again for what is due since; it changes nothing else.
+    for again soon. `round`: raise it to ask again for what is due since, and for what was given up in an earlier round.
     """
 
     fetch: dict[str, Fetch]
@@ -164,9 +164,9 @@ class Sealing:
 def run(paths: Paths, cfg: DownloadConfig, map: Map, *, ahead_s: float = 0.0) -> None:
     """Fill `paths.media` and `paths.visits`. `ahead_s`: by how much the time is later than the clock, for rehearsals.
 
-    Raises DataError when a whole split is lost (nothing downstream could use what is left; one that is not all
-    asked for yet is not lost) and LanePaused when a host
-    has asked for a pause longer than `patience_s`: what was fetched is kept, and the next run goes on from it.
+    Raises DataError when a whole split is lost (nothing downstream could use what is left; one that is not all asked
+    for yet is not lost) and LanePaused when a host has asked for a pause longer than `patience_s`: what was fetched is
+    kept, and the next run goes on from it.
     """
     manifest = Manifest.read(paths.manifest)
     _refuse_unlisted_hosts(manifest, cfg)
@@ -208,9 +208,8 @@ def run(paths: Paths, cfg: DownloadConfig, map: Map, *, ahead_s: float = 0.0) ->
                 time.sleep(wait_s)
                 continue
             asked_for += len(due)
-            for counts, stop in track(
-                map(visitor, job, _units(due)), due.groupby(["tier", "shard"]).ngroups, "download"
-            ):
+            units = _units(due)
+            for counts, stop in track(map(visitor, job, units), len(units), "download"):
                 tally.update(counts)
                 paused = paused or stop
                 if paused is not None:
@@ -336,17 +335,24 @@ def _wanted(clips: pd.DataFrame) -> dict[int, list[str]]:
     return {int(s): sorted(ids) for s, ids in clips.groupby("shard")["clip_id"]}
 
 
-def _state(book: Path, now_ms: int) -> pd.DataFrame:
-    """What the ledger says of each clip at this moment, indexed by clip id; to the states are added
+def states(table: pa.Table, now_ms: int) -> pd.DataFrame:
+    """What attempts (FOLD_COLUMNS) say of each clip: as `fold`, and `is_fetched`: a census alone is no visit."""
+    state = attempts.fold(table, POLICIES, now_ms)
+    return state.assign(is_fetched=state["clip_id"].isin(set(_fetches(table)["clip_id"].unique().to_pylist())))
 
-    is_fetched   whether it was ever asked for; a census alone is no visit
+
+def _fetches(table: pa.Table) -> pa.Table:
+    return table.filter(pa.compute.is_in(table["step"].cast(pa.string()), pa.array(["fetch", "import"])))
+
+
+def _state(book: Path, now_ms: int) -> pd.DataFrame:
+    """What the ledger says of each clip at this moment, indexed by clip id; to `states` are added
+
     asked, round the settings and the round of its last attempt, where those matter: content and exhausted
     failed       (reason, message) of its last attempt where that failed though the clip was had before; else None
     """
-    table = attempts.read(book, [*FOLD_COLUMNS])
-    state = attempts.fold(table, POLICIES, now_ms).set_index("clip_id")
-    tries = table.filter(pa.compute.is_in(table["step"].cast(pa.string()), pa.array(["fetch", "import"])))
-    state["is_fetched"] = state.index.isin(set(tries["clip_id"].unique().to_pylist()))
+    table = attempts.read(book, FOLD_COLUMNS)
+    state, tries = states(table, now_ms).set_index("clip_id"), _fetches(table)
     doubtful = state.index[state["state"].isin(["content", "exhausted"])]
     settings = {i: json.loads(f) for i, f in _last(tries, doubtful, "facts")}
     state["asked"] = state.index.map({i: f.get("asked") for i, f in settings.items()})
@@ -369,12 +375,29 @@ def _last(table: pa.Table, clip_ids: Iterable[str], *columns: str) -> Iterator[t
 
 def _stored(work: Path, asked: str) -> set[str]:
     """The clips whose media are here already, in a shard or in the spool."""
-    found = {json.loads(_header(p))["clip_id"] for p in (work / "spool").glob("*/*") if not p.name.startswith(".")}
+    found = _spooled(work, "*")
     for path in work.glob("*.parquet"):
-        if facts(work, int(path.stem)).get("asked") == asked:
-            table = pq.read_table(path, columns=["clip_id", "status"])
-            found.update(table.filter(pa.compute.equal(table["status"], OK))["clip_id"].to_pylist())
+        found |= _held(_as_it_is(work, int(path.stem), asked)[1])
     return found
+
+
+def _spooled(work: Path, folder: str) -> set[str]:
+    """The clips of a folder of the spool, or of all of them (`*`)."""
+    paths = (work / "spool").glob(f"{folder}/*")
+    return {json.loads(_header(p))["clip_id"] for p in paths if not p.name.startswith(".")}
+
+
+def _as_it_is(work: Path, shard: int, asked: str) -> tuple[str, dict[str, tuple[str, str]]]:
+    """A shard's fingerprint and the (status, reason) of each of its clips; nothing where other settings made it."""
+    if not shard_path(work, shard).is_file() or (known := facts(work, shard)).get("asked") != asked:
+        return "", {}
+    table = pq.read_table(shard_path(work, shard), columns=["clip_id", "status", "reason"])
+    ids, status, reason = (table[c].to_pylist() for c in ("clip_id", "status", "reason"))
+    return known["fingerprint"], {i: (s, r) for i, s, r in zip(ids, status, reason, strict=True)}
+
+
+def _held(rows: Mapping[str, tuple[str, str]]) -> set[str]:
+    return {i for i, (status, _) in rows.items() if status == OK}
 
 
 def _due(clips: pd.DataFrame, state: pd.DataFrame, asked: str, round_: int, began_ms: int, now_ms: int) -> pd.DataFrame:
@@ -636,9 +659,9 @@ def _to_seal(
     verdicts |= {i: failed for i, failed in fetched["failed"].items() if failed}
     todo = []
     for shard, ids in _wanted(clips).items():
-        has = _rows(work, shard, asked, jobs[shard])
-        spooled = {json.loads(_header(p))["clip_id"] for p in (work / "spool" / f"{shard:05d}").glob("*")}
-        held = {i for i, (status, _) in (has or {}).items() if status == OK} | spooled | _reusable(work, shard, asked)
+        mark, rows = _as_it_is(work, shard, asked)
+        spooled = _spooled(work, f"{shard:05d}")
+        held = _held(rows) | spooled
         failures: dict[str, tuple[str, str]] = {}
         for clip_id in ids:
             if clip_id in taken_down:
@@ -647,26 +670,9 @@ def _to_seal(
                 reason, message = verdicts.get(clip_id, ("", ""))
                 failures[clip_id] = (reason, message) if reason else (UNVISITED, "not asked for yet")
         now = {i: ("failed", failures[i][0]) if i in failures else (OK, "") for i in ids}
-        if has != now or spooled:
+        if mark != jobs[shard] or rows != now or spooled:
             todo.append(Sealing(shard, jobs[shard], failures))
     return todo
-
-
-def _rows(work: Path, shard: int, asked: str, mark: str) -> dict[str, tuple[str, str]] | None:
-    """(status, reason) of each clip of a shard as it is; None where there is none of this fingerprint."""
-    if not shard_path(work, shard).is_file() or facts(work, shard).get("fingerprint") != mark:
-        return None
-    table = pq.read_table(shard_path(work, shard), columns=["clip_id", "status", "reason"])
-    ids, status, reason = (table[c].to_pylist() for c in ("clip_id", "status", "reason"))
-    return {i: (s, r) for i, s, r in zip(ids, status, reason, strict=True)}
-
-
-def _reusable(work: Path, shard: int, asked: str) -> set[str]:
-    """The clips whose media an older shard holds under the same settings, whatever list it was made for."""
-    if not shard_path(work, shard).is_file() or facts(work, shard).get("asked") != asked:
-        return set()
-    table = pq.read_table(shard_path(work, shard), columns=["clip_id", "status"])
-    return set(table.filter(pa.compute.equal(table["status"], OK))["clip_id"].to_pylist())
 
 
 def sealer(job: Job) -> Callable[[Sealing], int]:
