@@ -20,7 +20,7 @@ $(READY): pyproject.toml constraints.txt
 	  { echo "harken needs Python 3.11 to 3.13; $(PYTHON) is $$($(PYTHON) --version). Try: make PYTHON=python3.12"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt uv
-	$(BIN)/python -m uv pip install --quiet --compile-bytecode --python $(BIN)/python --constraint constraints.txt --editable '.[dev,cluster]'
+	$(BIN)/python -m uv pip install --quiet --compile-bytecode --python $(BIN)/python --constraint constraints.txt --editable '.[dev,cluster,cpu]'
 	@touch $@
 
 repro: $(READY) ## run the pipeline that params.yaml describes (as committed: the built-in world)

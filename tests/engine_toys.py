@@ -56,6 +56,14 @@ def doomed(folder: str) -> Callable[[int], int]:
     return work
 
 
+def device_teller(folder: str) -> Callable[[int], tuple[int, str]]:
+    def work(n: int) -> tuple[int, str]:
+        time.sleep(0.1)
+        return os.getpid(), os.environ.get("HARKEN_DEVICE", "")
+
+    return work
+
+
 def teller(folder: str) -> Callable[[int], str]:
     return lambda _: os.environ.get("OMP_NUM_THREADS", "")
 

@@ -187,3 +187,21 @@ def test_a_local_cluster_has_the_workers_that_were_asked_for(
     monkeypatch.setenv("HARKEN_WORKERS", "1")
     assert sorted(results("dask", toys.squarer, tmp_path, 6)) == [n * n for n in range(6)]
     assert len({p.name.split("-")[1] for p in tmp_path.glob("made-*")}) == 1
+
+
+@pytest.mark.parametrize(("workers", "n_processes"), [("", 2), ("4", 4), ("1", 1)])
+def test_each_device_has_a_worker_that_keeps_it(
+    workers: str, n_processes: int, toys: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HARKEN_WORKERS", workers)
+    monkeypatch.delenv("HARKEN_DEVICE", raising=False)
+    told = list(local(toys.device_teller, str(tmp_path), range(24), devices=["cuda:0", "cuda:1"]))
+    of_process: dict[int, set[str]] = {}
+    for pid, device in told:
+        of_process.setdefault(pid, set()).add(device)
+    assert len(of_process) == n_processes
+    assert all(len(devices) == 1 for devices in of_process.values())
+    used = [next(iter(devices)) for devices in of_process.values()]
+    # one worker alone is this process, which finds the first device by itself
+    assert sorted(used) == (sorted(["cuda:0", "cuda:1"] * (n_processes // 2)) if n_processes > 1 else [""])
+    assert "HARKEN_DEVICE" not in os.environ

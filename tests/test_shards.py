@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections import deque
 from pathlib import Path
@@ -31,6 +32,8 @@ from harken.shards import (
     read_table,
     shard_path,
     shards_in,
+    vectors,
+    vectors_type,
     write_json,
 )
 
@@ -366,3 +369,64 @@ def test_a_buffer_of_another_kind_is_refused(tmp_path: Path) -> None:
     for out in (np.empty((2, 4), np.float32), np.empty((2, 5), np.float16)):
         with pytest.raises(ValueError, match="cannot fill"):
             array.read_into(0, out)
+
+
+VECTORS = vectors_type("float16", 2, 3)
+
+
+def write_vectors(folder: Path, given: list[Any], kind: pa.DataType = VECTORS) -> list[Any]:
+    with ShardWriter(folder, 0, fingerprint="f", columns={"v": kind, "n": pa.int64()}, rows_per_group=2) as out:
+        for i, value in enumerate(given):
+            if isinstance(value, str):
+                out.skip(value, "qc.silent")
+            else:
+                out.write(f"c{i}", v=value, n=i)
+    return pq.read_table(shard_path(folder, 0)).to_pylist()
+
+
+def test_arrays_become_fixed_size_lists_and_failed_clips_null(tmp_path: Path) -> None:
+    given = np.random.default_rng(0).normal(size=(5, 2, 3)).astype(np.float16)
+    # the gap is in a group with others, the last group is of nothing but gaps
+    found = write_vectors(tmp_path, [given[0], "gap", given[2], given[3], "gap too", "and this"])
+    assert [r["status"] for r in found] == ["ok", "failed", "ok", "ok", "failed", "failed"]
+    for row, value in zip(found, [given[0], None, given[2], given[3], None, None], strict=True):
+        assert (row["v"] is None) == (row["n"] is None) == (value is None)
+        assert value is None or np.array_equal(np.array(row["v"], np.float16), value)
+    kind = pq.read_schema(shard_path(tmp_path, 0)).field("v").type
+    assert (kind.list_size, kind.value_type.list_size, kind.value_type.value_type) == (2, 3, pa.float16())
+    assert not kind.value_type.value_field.nullable
+    assert [r["clip_id"] for r in read_shard(tmp_path, 0, ["v"])] == ["c0", "c2", "c3"]
+
+
+def test_an_array_and_the_list_of_its_vectors_are_the_same_content(tmp_path: Path) -> None:
+    given = np.random.default_rng(1).normal(size=(4, 2, 3)).astype(np.float16)
+    kind = pa.list_(pa.list_(pa.float16(), 3), 2)
+    rows_of = {
+        "array": write_vectors(tmp_path / "array", list(given), kind),
+        "list": write_vectors(tmp_path / "list", [list(v) for v in given], kind),
+        "wide": write_vectors(tmp_path / "wide", list(given.astype(np.float64)), kind),
+        "strided": write_vectors(tmp_path / "strided", list(np.asfortranarray(given)), kind),
+    }
+    assert len({json.dumps(r) for r in rows_of.values()}) == 1
+    assert len({facts(tmp_path / name, 0)["digest"] for name in rows_of}) == 1
+    one_bit = given.copy()
+    one_bit[3, 1, 2] = np.nextafter(one_bit[3, 1, 2], np.float16(9))
+    write_vectors(tmp_path / "other", list(one_bit), kind)
+    assert facts(tmp_path / "other", 0)["digest"] != facts(tmp_path / "array", 0)["digest"]
+
+
+@pytest.mark.parametrize("shape", [(3, 2), (2, 3, 1), (6,), (2, 4)])
+def test_an_array_of_another_shape_is_refused(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"v of c0: expected \(2, 3\), found"):
+        write_vectors(tmp_path, [np.zeros(shape, np.float16)])
+    assert names(tmp_path) == []
+
+
+def test_vectors_are_not_copied(tmp_path: Path) -> None:
+    given = np.arange(24, dtype=np.float32).reshape(4, 2, 3)
+    found = vectors(given, vectors_type("float32", 2, 3))
+    assert found.to_pylist() == given.tolist()
+    flat = found.flatten().flatten().to_numpy()
+    assert np.shares_memory(flat, given)
+    missing = np.array([False, True, False, False])
+    assert vectors(given, vectors_type("float32", 2, 3), missing).to_pylist()[1] is None

@@ -77,25 +77,31 @@ def _root(version: Annotated[bool, typer.Option("--version", callback=_version, 
 
 @app.command(epilog="Example: harken status --json")
 def status(as_json: AsJson = False) -> None:
-    """Every stage of the current preset: done or not, and from the ledgers how many clips are ok or failed, and why."""
+    """Every stage of the current preset: done or not; how many clips are ok or failed, and why; how many are doubtful.
+
+    Doubtful clips are ok and have a flag (silent, clipped, short, black, frozen, mismatch), by the bounds that
+    `extract` ran with; `leave_out` of `stats`, `finetune` and `train` keeps them from training.
+    """
     paths = load("paths", Paths)
     rows = [_stage_status(s, paths) for s in STAGES]
     if as_json:
         print(json.dumps(rows, indent=1))
         return
-    table = Table("stage", "state", "ok", "failed", "why", box=None, header_style="bold")
+    table = Table("stage", "state", "ok", "failed", "why", "flags", box=None, header_style="bold")
     for r in rows:
-        why = ", ".join(f"{k} {n}" for k, n in r["reasons"].items())
+        why, flags = (", ".join(f"{k} {n:,}" for k, n in r[c].items()) for c in ("reasons", "flags"))
         numbers = [f"{r[k]:,}" if r[k] is not None else "" for k in ("ok", "failed")]
-        table.add_row(r["stage"], r["state"], *numbers, why)
+        table.add_row(r["stage"], r["state"], *numbers, why, flags)
     out.print(table)
 
 
 def _stage_status(stage: str, paths: Paths) -> dict[str, Any]:
+    from harken.media import quality
     from harken.shards import OK, ledger
 
     folder: Path = getattr(paths, FOLDERS[stage])
     row: dict[str, Any] = {"stage": stage, "folder": str(folder), "ok": None, "failed": None, "reasons": {}}
+    row["flags"] = {}
     row["state"] = "done" if folder.is_dir() and any(folder.iterdir()) else "not run"
     work = paths.work / stage
     if row["state"] == "not run" and work.is_dir() and any(work.iterdir()):
@@ -114,6 +120,8 @@ def _stage_status(stage: str, paths: Paths) -> dict[str, Any]:
         row["ok"] = sum(s == OK for s in table["status"].to_pylist())
         row["failed"] = len(table) - row["ok"]
         row["reasons"] = dict(reasons.most_common())
+    if stage == "extract" and row["state"] == "done":
+        row["flags"] = {flag: n for flag, n in quality.counts(folder).items() if n}
     return row
 
 

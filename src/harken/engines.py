@@ -4,7 +4,8 @@ Chosen by the environment, never by a tracked param, or a change of engine would
 `HARKEN_ENGINE=local` (default: spawned processes on this machine), `inline` (this process), `dask` (a local Dask
 cluster) or `dask+tcp://host:port` (a running one). `HARKEN_WORKERS` is the number of local workers (default: one per
 core).
-Every worker computes with one thread, so that results do not depend on the number of workers.
+Every worker computes with one thread, so that results do not depend on the number of workers. A fan-out that is given
+`devices` (a machine's GPUs) has one worker for each, which keeps its device for life.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
@@ -37,10 +38,19 @@ REBUILDS = 3
 
 @runtime_checkable
 class Map(Protocol):
-    """The whole engine abstraction. `make` must be importable (module level); `make(cfg)` is a function of one item."""
+    """The whole engine abstraction. `make` must be importable (module level); `make(cfg)` is a function of one item.
+
+    Where `devices` are given, each worker finds one of them as HARKEN_DEVICE. In-process and on a cluster they are left
+    alone: one process takes the first GPU by itself, and a cluster's workers are given theirs by whoever starts them.
+    """
 
     def __call__(
-        self, make: Callable[[Cfg], Callable[[Item], Result]], cfg: Cfg, items: Iterable[Item]
+        self,
+        make: Callable[[Cfg], Callable[[Item], Result]],
+        cfg: Cfg,
+        items: Iterable[Item],
+        *,
+        devices: Sequence[str] = (),
     ) -> Iterator[Result]: ...
 
 
@@ -86,8 +96,11 @@ def die_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _start_worker() -> None:
+def _start_worker(devices: Any = None) -> None:
+    """`devices`: a queue that holds one device for each worker."""
     die_with_parent()
+    if devices is not None:
+        os.environ["HARKEN_DEVICE"] = devices.get()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides; a Ctrl-C must not print a trace per worker
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 
@@ -102,18 +115,22 @@ def n_workers() -> int:
     return int(given)
 
 
-def _pool_size(n_items: int) -> int:
-    """How many processes for so many items.
+def _pool_size(n_items: int, n_devices: int = 0) -> int:
+    """How many processes for so many items: one for each device where there are some, but HARKEN_WORKERS is obeyed.
 
     Three runs on two cores would leave one core idle for a whole run; side by side they share both evenly.
     """
     workers = n_workers()
+    if n_devices and not os.environ.get("HARKEN_WORKERS"):
+        return min(n_devices, n_items)
     if not os.environ.get("HARKEN_WORKERS") and workers < n_items < 2 * workers:
         return n_items
     return min(workers, n_items)
 
 
-def inline(make: Callable[[Cfg], Callable[[Item], Result]], cfg: Cfg, items: Iterable[Item]) -> Iterator[Result]:
+def inline(
+    make: Callable[[Cfg], Callable[[Item], Result]], cfg: Cfg, items: Iterable[Item], *, devices: Sequence[str] = ()
+) -> Iterator[Result]:
     """Everything in this process, one after the other."""
     call = None
     for item in items:
@@ -121,10 +138,12 @@ def inline(make: Callable[[Cfg], Callable[[Item], Result]], cfg: Cfg, items: Ite
         yield call(item)
 
 
-def local(make: Callable[[Cfg], Callable[[Item], Result]], cfg: Cfg, items: Iterable[Item]) -> Iterator[Result]:
+def local(
+    make: Callable[[Cfg], Callable[[Item], Result]], cfg: Cfg, items: Iterable[Item], *, devices: Sequence[str] = ()
+) -> Iterator[Result]:
     """Spawned processes on this machine; a worker that dies is replaced and its items are done again."""
     todo = deque(items)
-    workers = _pool_size(len(todo))
+    workers = _pool_size(len(todo), len(devices))
     if workers <= 1:
         yield from inline(make, cfg, todo)
         return
@@ -132,7 +151,12 @@ def local(make: Callable[[Cfg], Callable[[Item], Result]], cfg: Cfg, items: Iter
     with _one_thread():
         while todo:
             in_flight: dict[Future[Result], Item] = {}
-            pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_start_worker)
+            context = get_context("spawn")
+            given = context.SimpleQueue() if devices else None
+            if given is not None:
+                for i in range(workers):
+                    given.put(devices[i % len(devices)])
+            pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(given,))
             try:
                 while todo or in_flight:
                     while todo and len(in_flight) < 2 * workers:
@@ -159,7 +183,9 @@ def local(make: Callable[[Cfg], Callable[[Item], Result]], cfg: Cfg, items: Iter
 def dask(address: str = "") -> Map:
     """A Dask cluster: the one at `address`, or a local one with one thread per worker."""
 
-    def run(make: Callable[[Any], Callable[[Any], Any]], cfg: Any, items: Iterable[Any]) -> Iterator[Any]:
+    def run(
+        make: Callable[[Any], Callable[[Any], Any]], cfg: Any, items: Iterable[Any], *, devices: Sequence[str] = ()
+    ) -> Iterator[Any]:
         try:
             from distributed import Client, LocalCluster, as_completed
         except ImportError:

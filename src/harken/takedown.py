@@ -299,8 +299,9 @@ def _sweep(paths: Paths, stones: Sequence[Tombstone], report: Forgotten) -> None
         for shard in _shards(folder):
             if n := _rewrite(folder, shard, gone, stays, unproven):
                 removed[str(folder)] += n
-        if n := _drop_captions(folder / "captions.parquet", gone):
-            removed[str(folder / "captions.parquet")] += n
+        for name in ("captions.parquet", "quality.parquet"):
+            if n := _drop_rows(folder / name, gone):
+                removed[str(folder / name)] += n
     names = {hashlib.sha1(i.encode()).hexdigest() for i in gone}
     for path in (paths.work / "download" / "spool").rglob("*"):
         if path.name in names:
@@ -368,9 +369,10 @@ class _Stored:
 
 def _plain(kind: pa.DataType) -> pa.DataType:
     """A list type with Arrow's own names for its elements, as stages declare them; Parquet gives them others."""
-    if pa.types.is_list(kind):
-        return pa.list_(_plain(kind.value_type))
-    return pa.list_(_plain(kind.value_type), kind.list_size) if pa.types.is_fixed_size_list(kind) else kind
+    if not (pa.types.is_list(kind) or pa.types.is_fixed_size_list(kind)):
+        return kind
+    element = pa.field("item", _plain(kind.value_type), nullable=kind.value_field.nullable)
+    return pa.list_(element, kind.list_size if pa.types.is_fixed_size_list(kind) else -1)
 
 
 def _as_declared(table: pa.Table) -> pa.Table:
@@ -427,7 +429,7 @@ def _rewrite(folder: Path, shard: int, gone: Collection[str], stays: bool, unpro
     return len(going)
 
 
-def _drop_captions(path: Path, gone: Collection[str]) -> int:
+def _drop_rows(path: Path, gone: Collection[str]) -> int:
     if not path.is_file():
         return 0
     table = pq.read_table(path)

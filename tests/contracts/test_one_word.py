@@ -152,7 +152,7 @@ def test_every_choice_is_named_in_a_test(name: str) -> None:
 def test_light_stages_start_without_torch() -> None:
     code = (
         "import sys, harken.cli, harken.stages.lists, harken.stages.catalog, harken.stages.download, "
-        "harken.stages.audit, harken.stages.stats; "
+        "harken.stages.audit, harken.stages.extract, harken.stages.stats; "
         "print([m for m in ('torch', 'open_clip', 'transformers', 'prefect', 'dvc') if m in sys.modules])"
     )
     found = subprocess.run(

@@ -143,7 +143,7 @@ def test_zero_shot_scores_are_stale_when_the_captions_embeddings_change(paths: P
     def evaluated() -> dict[str, str]:
         seen: dict[str, str] = {}
 
-        def spy(make: Any, cfg: Any, items: Any) -> Iterator[Any]:
+        def spy(make: Any, cfg: Any, items: Any, **_: Any) -> Iterator[Any]:
             seen.update(cfg.marks)
             raise StopError
 

@@ -100,7 +100,9 @@ def make(
         else:
             planar = np.ascontiguousarray(wave[:, i : i + step])
             if acodec in ("pcm_s16le", "flac"):
-                packed = np.ascontiguousarray(np.round(planar.T * 32767).astype(np.int16).reshape(1, -1))
+                packed = np.ascontiguousarray(
+                    np.round(np.clip(planar.T, -1, 1) * 32767).astype(np.int16).reshape(1, -1)
+                )
                 chunk = av.AudioFrame.from_ndarray(packed, format="s16", layout=layout)
             else:
                 chunk = av.AudioFrame.from_ndarray(planar, format="fltp", layout=layout)

@@ -27,7 +27,7 @@ def _clip(key: str, start_s: float, end_s: float | None, host: str = "youtube", 
 
 
 def _numbers(section: Any, lab: Any, n: int = 4) -> list[int]:
-    images = decode(section.data, section.start_s, section.end_s, n_images=n, sample_rates_hz=()).images
+    images = decode(section.data, section.start_s, section.end_s, n_images=n, sounds=()).images
     return [lab.read_number(i) for i in images]
 
 

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from harken.errors import ConfigError, DataError
-from harken.media.images import flatness, image_times, is_frozen, jpeg, read_jpeg, resize_short_side
+from harken.media.images import image_times, jpeg, read_jpeg
 
 
 def test_the_papers_grid() -> None:
@@ -27,18 +27,6 @@ def test_bad_requests_say_what_is_wrong() -> None:
             image_times(start, end, n)
 
 
-@pytest.mark.parametrize("shape", [(360, 640), (640, 360), (224, 500), (96, 96), (64, 65)])
-def test_resize_is_pillow_s_antialiased_bicubic(shape: tuple[int, int]) -> None:
-    image = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
-    small = resize_short_side(image, 64)
-    assert min(small.shape[:2]) == 64
-    assert small.dtype == np.uint8
-    height, width = small.shape[:2]
-    assert max(height, width) == int(max(shape) * 64 / min(shape))
-    oracle = Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC)
-    assert np.array_equal(small, np.asarray(oracle))
-
-
 def test_jpeg_there_and_back() -> None:
     rows, columns = np.mgrid[:48, :80]
     image = np.stack([rows * 4, columns * 3, rows + columns], -1).astype(np.uint8)
@@ -52,13 +40,3 @@ def test_jpeg_there_and_back() -> None:
     Image.fromarray(image).save(buffer, "PNG")
     with pytest.raises(DataError, match="should be a JPEG"):
         read_jpeg(buffer.getvalue())
-
-
-def test_flags() -> None:
-    noise = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
-    black = np.zeros((8, 8, 3), np.uint8)
-    assert flatness(black) == 0
-    assert flatness(noise) > 20
-    assert is_frozen([noise, noise.copy()])
-    assert not is_frozen([noise, black])
-    assert not is_frozen([noise])

@@ -45,7 +45,7 @@ def towers() -> clip.Towers:
 
 def test_it_learns(towers: clip.Towers) -> None:
     test = pictures(40, 1)
-    image = torch.nn.functional.normalize(clip.image_embeddings(towers, [p for p, _ in test], batch=7), dim=-1)
+    image = torch.nn.functional.normalize(clip.image_embeddings(towers, [p for p, _ in test]), dim=-1)
     text = torch.nn.functional.normalize(clip.text_embeddings(towers, [f"a {c} wall" for c in COLOURS]), dim=-1)
     found = (image @ text.T).argmax(1).tolist()
     assert np.mean([f == i % 4 for i, f in enumerate(found)]) > 0.9
@@ -86,12 +86,32 @@ def test_saved_and_loaded_it_is_the_same(towers: clip.Towers, tmp_path: Path) ->
     assert (back.image_size, back.heads, back.embed_dim, back.vocabulary) == (32, 1, 16, towers.vocabulary)
 
 
-def test_embeddings_do_not_depend_on_the_batch(towers: clip.Towers) -> None:
-    images = [p for p, _ in pictures(5, 3)]
-    captions = ["a red wall", "a picture of a blue wall", "a wall"]
-    for f, items in ((clip.image_embeddings, images), (clip.text_embeddings, captions)):
-        torch.testing.assert_close(f(towers, items, batch=1), f(towers, items), atol=1e-5, rtol=1e-5)
-        assert f(towers, []).shape == (0, 16)
+def test_of_nothing_there_is_nothing(towers: clip.Towers) -> None:
+    assert clip.image_embeddings(towers, []).shape == clip.text_embeddings(towers, []).shape == (0, 16)
+
+
+def test_a_caption_s_bytes_are_its_own(towers: clip.Towers) -> None:
+    captions = ["a red wall", "a picture of a blue wall", "a wall", "a picture " * 20]
+    alone = torch.cat([clip.text_embeddings(towers, [c]) for c in captions])
+    assert torch.equal(clip.text_embeddings(towers, captions), alone)
+    assert torch.equal(clip.text_embeddings(towers, captions[::-1], batch=2), alone.flip(0))
+    with torch.no_grad():
+        whole = towers.model.encode_text(towers.vocabulary(captions))  # as open_clip does: padded, and all at once
+    torch.testing.assert_close(alone, whole, atol=1e-5, rtol=1e-5)
+
+
+def test_a_caption_s_own_zeros_are_not_its_end() -> None:
+    torch.manual_seed(0)
+    config = clip.small_config(
+        vocab_size=clip.Vocabulary(12).size, **{k: v for k, v in SHAPE.items() if k != "context_length"}
+    )
+    config["text_cfg"]["context_length"] = 12
+    towers = clip._towers(clip.build(config), clip.Vocabulary(12), config)
+    caption = "!; a dog"  # CLIP's number of the first piece is 0, which is also the padding
+    assert 0 in towers.vocabulary([caption])[0, :4].tolist()
+    with torch.no_grad():
+        whole = towers.model.encode_text(towers.vocabulary([caption]))
+    torch.testing.assert_close(clip.text_embeddings(towers, [caption]), whole, atol=1e-5, rtol=1e-5)
 
 
 def test_an_audio_tower_grows_from_it(towers: clip.Towers) -> None:
@@ -101,6 +121,13 @@ def test_an_audio_tower_grows_from_it(towers: clip.Towers) -> None:
     assert out.summary.shape == (2, 16)
 
 
+def smooth(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
+    from PIL import Image
+
+    noise = Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8))
+    return np.asarray(noise.resize((width, height), Image.Resampling.BICUBIC))
+
+
 def test_preprocessing_is_clip_s() -> None:
     import open_clip
     from PIL import Image
@@ -108,12 +135,38 @@ def test_preprocessing_is_clip_s() -> None:
     theirs = open_clip.image_transform(64, is_train=False, mean=clip.MEAN, std=clip.STD)
     rng = np.random.default_rng(0)
     for height, width in ((90, 160), (161, 90), (64, 64), (40, 50), (300, 203)):
-        smooth = np.asarray(
-            Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
-        )
-        ours = clip.preprocess([smooth], 64)[0]
+        picture = smooth(rng, height, width)
+        ours = clip.preprocess([picture], 64)[0]
         assert ours.shape == (3, 64, 64)
-        assert float((ours - theirs(Image.fromarray(smooth))).abs().max()) < 1.5 / 255 / min(clip.STD)  # one grey level
+        assert float((ours - theirs(Image.fromarray(picture))).abs().max()) < 1.5 / 255 / min(
+            clip.STD
+        )  # one grey level
+
+
+def test_pictures_are_cut_to_size_as_pillow_does_to_a_grey_level() -> None:
+    from PIL import Image
+    from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
+
+    theirs = Compose([Resize(224, interpolation=InterpolationMode.BICUBIC), CenterCrop(224)])
+    rng = np.random.default_rng(1)
+    n, off = 0, 0
+    for height, width in ((360, 640), (480, 854), (1080, 606), (224, 398), (240, 320)):
+        for picture in (smooth(rng, height, width), rng.integers(0, 256, (height, width, 3), np.uint8)):
+            found = clip.crop([picture], 224)[0].permute(1, 2, 0).numpy().astype(int)
+            difference = np.abs(found - np.asarray(theirs(Image.fromarray(picture))))
+            assert difference.max() <= 2
+            n, off = n + difference.size, off + int((difference > 1).sum())
+            if min(height, width) == 224:
+                assert not difference.any()  # stored at the model's size, a picture is not resized again
+    assert off < 1e-4 * n
+
+
+def test_normalised_pixels_are_the_preprocessed_picture(towers: clip.Towers) -> None:
+    picture = smooth(np.random.default_rng(2), 50, 70)
+    pixels = clip.crop([picture], 32)
+    assert pixels.dtype == torch.uint8
+    assert torch.equal(clip.normalise(pixels), clip.preprocess([picture], 32))
+    assert torch.equal(towers.encode_images(pixels), clip.image_embeddings(towers, [picture]))
 
 
 @pytest.mark.parametrize(
@@ -149,6 +202,9 @@ def test_wrong_uses_say_so(towers: clip.Towers, tmp_path: Path) -> None:
         clip.load("ViT-B-32")
     with pytest.raises(DataError, match="at least one batch of 32"):
         clip.train_small(pictures(8, 0), clip.SmallClip(SHAPE, steps=1, batch=32, lr=1e-3, seed=0))
+    other = clip.build({**towers.config, "text_cfg": towers.config["text_cfg"] | {"pool_type": "last"}})
+    with pytest.raises(ConfigError, match="text tower is not CLIP's own"):
+        clip._towers(other, towers.vocabulary, None)
     foreign = clip.Towers(towers.model, towers.vocabulary, 32, 1, 16)
     with pytest.raises(ConfigError, match="architecture/tag"):
         clip.save(tmp_path, foreign)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import threading
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from harken.errors import DataError
-from harken.training.batches import Order
+from harken.shards import ShardWriter
+from harken.training.batches import Features, Order, ShardOrder
+from harken.training.loader import Batch, Loader
 from harken.training.loop import Plan, fit, fold
 from harken.training.optim import warmup_cosine, weight_bias_groups
 from harken.training.state import TrainState
@@ -43,12 +46,19 @@ class Regression:
         self.n_validations = itertools.count()
         self.scores: list[float] | None = None
 
-    def loss(self, items: np.ndarray, epoch: int, generator: torch.Generator) -> tuple[Tensor, Mapping[str, float]]:
+    def batches(self, order: Order | ShardOrder) -> Any:
+        return order
+
+    def read(self, batch: Any) -> tuple[np.ndarray, Tensor]:
+        return batch, self.x[batch]
+
+    def loss(self, batch: Any, epoch: int, generator: torch.Generator) -> tuple[Tensor, Mapping[str, float]]:
         step = next(self.step)
         if step == self.kill_at:
             raise Killed
+        items, x = self.read(batch)
         noise = torch.randn(len(items), 3, generator=generator)
-        out = self.model(self.x[items] + 0.1 * noise)
+        out = self.model(x + 0.1 * noise)
         loss = (out - self.y[items]).square().mean()
         return loss * self.bad.get(step, 1.0), {"noise": float(noise.mean())}
 
@@ -60,9 +70,38 @@ class Regression:
         return {"val_error": -score, "score": score}
 
 
-def run(folder: Path, task: Regression, **changes: Any) -> TrainState:
+class FromDisk(Regression):
+    """The same, its inputs read from shards: in the loop itself where `ahead` is None, else ahead of it."""
+
+    def __init__(self, features: Features, ahead: int | None, readers: int = 1, kill_at: int = -1) -> None:
+        super().__init__(kill_at)
+        self.features, self.ahead, self.readers = features, ahead, readers
+        self.ids = [f"c{i}" for i in range(N)]
+
+    def batches(self, order: Order | ShardOrder) -> Any:
+        if self.ahead is None:
+            return order
+        return Loader(order, self.features, self.ids, 5, torch.device("cpu"), self.ahead, self.readers)
+
+    def read(self, batch: Any) -> tuple[np.ndarray, Tensor]:
+        if isinstance(batch, Batch):
+            return batch.items, batch.clips.on(torch.device("cpu")).mean(1)
+        return batch, self.features.read([self.ids[i] for i in batch], 5)[0].mean(1)
+
+
+@pytest.fixture(scope="module")
+def features(tmp_path_factory: pytest.TempPathFactory) -> Features:
+    folder, rng = tmp_path_factory.mktemp("features"), np.random.default_rng(6)
+    for shard in range(3):
+        with ShardWriter(folder, shard, fingerprint="f", columns={}, arrays={"fbank": (3, "float16")}) as out:
+            for i in range(shard, N, 3):
+                out.write(f"c{i}", fbank=rng.normal(size=(int(rng.integers(1, 8)), 3)))
+    return Features(folder, "fbank")
+
+
+def run(folder: Path, task: Regression, order: Order | ShardOrder | None = None, **changes: Any) -> TrainState:
     optimizer = torch.optim.Adam(weight_bias_groups(task.model, lr_weight=0.05, lr_bias=0.01))
-    order = Order(N, BATCH, 5)
+    order = order or Order(N, BATCH, 5)
     factor = partial(
         warmup_cosine, steps_per_epoch=order.steps_per_epoch, epochs=EPOCHS, warmup_epochs=1, base=1.0, final=0.1
     )
@@ -123,6 +162,44 @@ def test_a_run_stopped_again_and_again(
     assert same(weights(task), undisturbed[1])
 
 
+WHOLE, BY_SHARDS = Order(N, BATCH, 5), ShardOrder(np.arange(N) % 3, 2, BATCH, 5)
+
+
+@pytest.fixture(scope="module")
+def read_in_the_loop(features: Features, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Any]:
+    found = {}
+    for order in (WHOLE, BY_SHARDS):
+        task = FromDisk(features, None)
+        found[id(order)] = run(tmp_path_factory.mktemp("in_the_loop"), task, order), weights(task)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("order", "ahead", "readers", "kill_at"),
+    [(WHOLE, a, r, -1) for a in (0, 1, 3) for r in (1, 2)]
+    + [(WHOLE, 3, 2, k) for k in (0, 4)]
+    + [(BY_SHARDS, 3, 2, k) for k in (-1, 4)],
+)
+def test_reading_ahead_changes_no_bit(
+    order: Order | ShardOrder,
+    ahead: int,
+    readers: int,
+    kill_at: int,
+    features: Features,
+    read_in_the_loop: dict[int, Any],
+    tmp_path: Path,
+) -> None:
+    if kill_at >= 0:
+        with pytest.raises(Killed) as kept:  # and with it the frames of the loop
+            run(tmp_path, FromDisk(features, ahead, readers, kill_at), order, checkpoint_every=2)
+        assert not [t for t in threading.enumerate() if t.name.startswith("harken-")], "a thread outlived its run"
+        del kept
+    task = FromDisk(features, ahead, readers)
+    state, expected = run(tmp_path, task, order), read_in_the_loop[id(order)]
+    assert state == expected[0]
+    assert same(weights(task), expected[1])
+
+
 def test_a_run_that_is_done_does_no_step(tmp_path: Path) -> None:
     run(tmp_path, Regression())
     task = Regression(kill_at=0, kill_in_validation=0)
@@ -153,8 +230,8 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(bad: floa
 class RootAtZero(Regression):
     """A finite loss whose gradient is not: a square root at 0."""
 
-    def loss(self, items: np.ndarray, epoch: int, generator: torch.Generator) -> tuple[Tensor, Mapping[str, float]]:
-        loss, extra = super().loss(items, epoch, generator)
+    def loss(self, batch: Any, epoch: int, generator: torch.Generator) -> tuple[Tensor, Mapping[str, float]]:
+        loss, extra = super().loss(batch, epoch, generator)
         weight = self.model[0].weight  # type: ignore[index]
         return loss + (0 * weight).sum().sqrt(), extra
 

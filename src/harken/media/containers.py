@@ -19,7 +19,10 @@ av.logging.set_level(av.logging.PANIC)  # FFmpeg's own words go to stderr of eve
 
 # Playlists and concat scripts are left out: a served text must not make FFmpeg open other files or hosts.
 _FORMATS: Final = "mov,matroska,webm,wav,w64,aiff,caf,flac,ogg,mp3,aac,mpegts,mpeg,avi,flv,asf"
+# 8K, the largest that hosts serve, in either of its shapes: 7680 x 4320 and 8192 x 4320. A decoder may hold seventeen.
+MAX_PIXELS: Final = 8192 * 4352
 _MAGIC: Final = ((4, b"ftyp"), (0, b"\x1aE\xdf\xa3"), (0, b"RIFF"), (0, b"fLaC"), (0, b"OggS"))
+_OPTIONS: Final = {"format_whitelist": _FORMATS, "max_pixels": str(MAX_PIXELS)}  # opening decodes some pictures
 _ENCODER_DELAY_S: Final = Fraction(1, 5)
 
 
@@ -50,7 +53,7 @@ def open_media(file: MediaFile) -> InputContainer:
     file.seek(0)
     try:
         # tags may be in any encoding (old WAV files): we read none, and a bad one must not cost the clip
-        container: InputContainer = av.open(file, options={"format_whitelist": _FORMATS}, metadata_errors="replace")
+        container: InputContainer = av.open(file, options=_OPTIONS, metadata_errors="replace")
         return container
     except av.error.FFmpegError as e:
         check(file)
@@ -76,12 +79,13 @@ def audio_of(container: InputContainer) -> AudioStream | None:
 
 
 def video_of(container: InputContainer) -> VideoStream | None:
-    """The best video stream that is not a cover picture."""
+    """The best video stream that is not a cover picture; its decoder refuses pictures of more than MAX_PIXELS."""
     best: Any = container.streams.best("video")
     streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
-    if best in streams:
-        return cast(VideoStream, best)
-    return streams[0] if streams else None
+    chosen = cast(VideoStream, best) if best in streams else streams[0] if streams else None
+    if chosen is not None and chosen.codec_context is not None and not chosen.codec_context.is_open:
+        chosen.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
+    return chosen
 
 
 def origin(container: InputContainer) -> Fraction:

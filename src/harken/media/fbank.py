@@ -2,15 +2,13 @@
 
 Same definition as `torchaudio.compliance.kaldi.fbank(htk_compat=True, use_energy=False, window_type="hanning",
 num_mel_bins=128, dither=0, frame_shift=10)`, in fewer passes: pre-emphasis once on the waveform instead of once per
-frame, the frame's mean removed as a rank-1 update, and the mel product only where a filter is not zero. Differences are
-float32 round-off in nearly empty bins (at most 5e-3, 1e-4 on average), below what storing float16 costs.
+frame, the frame's mean removed as a rank-1 update, and the mel product as in `mel.py`. Within 1e-3 of the definition in
+float64, where torchaudio's own comes to 1.3e-3 and Kaldi's to 2.9e-3 in nearly empty bins; float16 storage costs 4e-3.
 """
 
 from __future__ import annotations
 
-import functools
 import math
-import threading
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -19,19 +17,18 @@ import torch
 from numpy.typing import NDArray
 
 from harken.errors import ConfigError, DataError
+from harken.media.mel import CHUNK, MelBank, per_thread
+from harken.media.sizes import FBANK_MELS as N_MELS
 
 Waveform = NDArray[np.float32]
 Features = NDArray[np.float32]
 
-N_MELS: Final = 128
 FRAME_LENGTH_S: Final = 0.025
 FRAME_SHIFT_S: Final = 0.01
 PREEMPHASIS: Final = 0.97
 LOW_HZ: Final = 20.0
 FLOOR: Final = 1.1920928955078125e-07  # float32's epsilon; its log, -15.942385, is silence
 _BANDS: Final = 8
-_CHUNK: Final = 128
-_LOCAL: Final = threading.local()
 
 
 def fbank(waveform: Waveform, sample_rate_hz: int) -> Features:
@@ -43,42 +40,30 @@ def fbank(waveform: Waveform, sample_rate_hz: int) -> Features:
     no FFT bin and is always -15.942385. Raises DataError for anything but one channel of finite samples.
     """
     wave = _checked(waveform)
-    window, shift, n_fft = sizes(sample_rate_hz)
+    window, shift, _ = sizes(sample_rate_hz)
     n = n_frames(wave.shape[0], sample_rate_hz)
     if n == 0:
         return np.empty((0, N_MELS), np.float32)
-    hann, bands, edges = _tables(sample_rate_hz)
-    step = N_MELS // len(bands)
+    hann, bank = per_thread(("fbank", sample_rate_hz), lambda: _tables(sample_rate_hz))
     features = np.empty((n, N_MELS), np.float32)
     with torch.inference_mode():
         x = torch.from_numpy(wave)
         x = x - x.mean()
-        emphasised = torch.empty_like(x)
-        torch.sub(x[1:], x[:-1], alpha=PREEMPHASIS, out=emphasised[1:])
-        emphasised[0] = 0  # the first sample of a frame meets the window's zero
+        # x[t] - 0.97 x[t-1] as a difference of neighbours, all but exact, and a small rest: ten times nearer to float64
+        emphasised = torch.zeros_like(x)  # the first sample of a frame meets the window's zero
+        torch.sub(x[1:], x[:-1], out=emphasised[1:])
+        emphasised[1:].add_(x[:-1], alpha=1 - PREEMPHASIS)
         windows = emphasised.unfold(0, window, shift)
         means = x.unfold(0, window, shift).mean(1)
         out = torch.from_numpy(features)
-        frames, spectrum = _scratch(window, n_fft)
-        for at in range(0, n, _CHUNK):  # small enough to stay in the cache
-            stop = min(n, at + _CHUNK)
-            head = frames[: stop - at, :window]
+        for at in range(0, n, CHUNK):
+            stop = min(n, at + CHUNK)
+            head = bank.frames[: stop - at, :window]  # behind the window it stays zero
             torch.mul(windows[at:stop], hann, out=head)
             head.addr_(means[at:stop], hann, alpha=-(1 - PREEMPHASIS))
-            z = torch.fft.rfft(frames[: stop - at], out=spectrum[: stop - at])
-            power = z.real.square().addcmul_(z.imag, z.imag)  # abs() would take a root only to square it
-            for i, (band, (lo, hi)) in enumerate(zip(bands, edges, strict=True)):
-                torch.mm(power[:, lo:hi], band, out=out[at:stop, i * step : (i + 1) * step])
+            bank(out[at:stop])
         out.clamp_(min=FLOOR).log_()
     return features
-
-
-def _scratch(window: int, n_fft: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """This thread's buffers for one chunk of frames: (frame, n_fft), zero behind the window, and its spectrum."""
-    kept: dict[int, tuple[torch.Tensor, torch.Tensor]] = _LOCAL.__dict__.setdefault("buffers", {})
-    if window not in kept:  # not n_fft: a longer window of the same FFT would leave its tail behind
-        kept[window] = torch.zeros(_CHUNK, n_fft), torch.empty(_CHUNK, n_fft // 2 + 1, dtype=torch.complex64)
-    return kept[window]
 
 
 def sizes(sample_rate_hz: int) -> tuple[int, int, int]:
@@ -112,20 +97,10 @@ def _mel(hz: float | NDArray[Any]) -> NDArray[np.float64]:
     return np.asarray(1127.0 * np.log1p(np.asarray(hz, np.float64) / 700.0))
 
 
-@functools.lru_cache(maxsize=8)
-def _tables(sample_rate_hz: int) -> tuple[torch.Tensor, list[torch.Tensor], list[tuple[int, int]]]:
+def _tables(sample_rate_hz: int) -> tuple[torch.Tensor, MelBank]:
     window = sizes(sample_rate_hz)[0]
     hann = 0.5 - 0.5 * np.cos(2 * math.pi * np.arange(window) / (window - 1))
-    filters = mel_filters(sample_rate_hz)
-    step = N_MELS // _BANDS
-    bands, edges = [], []
-    for i in range(_BANDS):
-        part = filters[:, i * step : (i + 1) * step]
-        used = np.flatnonzero(part.any(1))
-        lo, hi = (int(used[0]), int(used[-1]) + 1) if used.size else (0, 1)
-        bands.append(torch.from_numpy(np.ascontiguousarray(part[lo:hi], np.float32)))
-        edges.append((lo, hi))
-    return torch.from_numpy(hann.astype(np.float32)), bands, edges
+    return torch.from_numpy(hann.astype(np.float32)), MelBank(mel_filters(sample_rate_hz), _BANDS)
 
 
 def _checked(waveform: Waveform) -> Waveform:

@@ -7,7 +7,6 @@ reflected STFT with a periodic Hann window, power, Slaney's mel filters of equal
 
 from __future__ import annotations
 
-import functools
 from typing import Final
 
 import numpy as np
@@ -15,14 +14,16 @@ import torch
 from numpy.typing import NDArray
 
 from harken.errors import ConfigError, DataError
+from harken.media.mel import CHUNK, MelBank, per_thread
+from harken.media.sizes import LOGMEL_MELS as N_MELS
+from harken.media.sizes import LOGMEL_RATE_HZ as SAMPLE_RATE_HZ
 
-SAMPLE_RATE_HZ: Final = 32000
 N_FFT: Final = 1024
 HOP: Final = 320
-N_MELS: Final = 64
 LOW_HZ: Final = 50.0
 HIGH_HZ: Final = 14000.0
 FLOOR: Final = 1e-10
+_BANDS: Final = 4
 
 
 def logmel(waveform: NDArray[np.float32], sample_rate_hz: int = SAMPLE_RATE_HZ) -> NDArray[np.float32]:
@@ -42,13 +43,19 @@ def logmel(waveform: NDArray[np.float32], sample_rate_hz: int = SAMPLE_RATE_HZ) 
         )
     if not np.isfinite(wave).all():
         raise DataError("logmel: the waveform holds values that are not finite.")
-    window, filters = _tables()
+    window, bank = per_thread(("logmel",), _tables)
+    features = np.empty((1 + len(wave) // HOP, N_MELS), np.float32)
     with torch.inference_mode():
-        padded = torch.nn.functional.pad(torch.from_numpy(wave)[None], (N_FFT // 2, N_FFT // 2), mode="reflect")[0]
-        spectrum = torch.fft.rfft(padded.unfold(0, N_FFT, HOP) * window)
-        mel = spectrum.real.square().addcmul_(spectrum.imag, spectrum.imag) @ filters
-        out: NDArray[np.float32] = mel.clamp_(min=FLOOR).log10_().mul_(10).numpy()
-    return out
+        half = N_FFT // 2  # reflected at each end, without the sample at the edge
+        padded = torch.from_numpy(np.concatenate([wave[half:0:-1], wave, wave[-2 : -half - 2 : -1]]))
+        windows = padded.unfold(0, N_FFT, HOP)
+        out = torch.from_numpy(features)
+        for at in range(0, len(features), CHUNK):
+            stop = min(len(features), at + CHUNK)
+            torch.mul(windows[at:stop], window, out=bank.frames[: stop - at])
+            bank(out[at:stop])
+        out.clamp_(min=FLOOR).log10_().mul_(10)
+    return features
 
 
 def mel_filters() -> NDArray[np.float64]:
@@ -77,7 +84,6 @@ def _hz(mel: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.where(mel < knee, mel / _MEL_PER_HZ, _KNEE_HZ * np.exp((mel - knee) * _LOG_STEP))
 
 
-@functools.lru_cache(maxsize=1)
-def _tables() -> tuple[torch.Tensor, torch.Tensor]:
+def _tables() -> tuple[torch.Tensor, MelBank]:
     window = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(N_FFT) / N_FFT)
-    return torch.from_numpy(window.astype(np.float32)), torch.from_numpy(mel_filters().astype(np.float32))
+    return torch.from_numpy(window.astype(np.float32)), MelBank(mel_filters(), _BANDS)

@@ -81,6 +81,9 @@ REASONS: Final[dict[str, Reason]] = _table(
     ("media.truncated", "net", "soon"),
     ("media.not_media", "net", "soon"),
     ("media.empty", "net", "soon"),
+    ("media.too_slow", "clip", "never"),  # these three: its bytes are here, and working on them ends badly
+    ("media.too_big", "clip", "never"),
+    ("media.crash", "clip", "never"),
     ("qc.past_end", "clip", "never"),
     ("qc.short", "clip", "never"),
     ("qc.no_audio", "clip", "never"),
@@ -105,6 +108,9 @@ _EXACT_GROUPS: Final[dict[str, Group]] = {
     "media.truncated": "content",
     "media.not_media": "content",
     "media.empty": "content",
+    "media.too_slow": "content",
+    "media.too_big": "content",
+    "media.crash": "content",
     "media.404": "unknown",
     "media.410": "unknown",
     "media.416": "unknown",
@@ -138,8 +144,9 @@ def group(code: str) -> Group:
 
 MEASURED: Final = frozenset(
     {
-        "media.no_range", "media.empty", "qc.past_end", "qc.short", "qc.no_audio", "qc.no_video", "qc.silent",
-        "qc.frozen", "qc.id_mismatch", "local.killed", UNVISITED, "local.forgotten", "folder.absent",
+        "media.no_range", "media.empty", "media.too_slow", "media.too_big", "media.crash", "qc.past_end", "qc.short",
+        "qc.no_audio", "qc.no_video", "qc.silent", "qc.frozen", "qc.id_mismatch", "local.killed", UNVISITED,
+        "local.forgotten", "folder.absent",
     }
 )  # fmt: skip
 """What harken's own checks find out and no message says: `classify` gives none of them."""
@@ -205,6 +212,7 @@ _OWN_POLICIES: Final[dict[str, Policy]] = {
     **{code: _passing(code, 3, 2 * _S, _DAY) for code in ("media.404", "media.410", "media.416")},
     "media.truncated": _passing("media.truncated", 6, *_BACKOFF_S),
     "media.not_media": _passing("media.not_media", 4, 10 * _MIN, _HOUR, _DAY),  # a consent page is the session's
+    **{code: _verdict(code, None) for code in ("media.too_slow", "media.too_big", "media.crash")},
     "media.no_range": _passing("media.no_range", 3, _DAY, 7 * _DAY),
     "qc.id_mismatch": _ours("qc.id_mismatch", _DAY, 7 * _DAY),
     "folder.absent": _ours("folder.absent", 10 * _MIN),  # a folder can be filled any time

@@ -22,7 +22,17 @@ from av.stream import Stream
 from av.video.stream import VideoStream
 
 from harken.errors import ClipError
-from harken.media.containers import MediaFile, audio_of, check, clock, is_cut_off, open_media, origin, video_of
+from harken.media.containers import (
+    MAX_PIXELS,
+    MediaFile,
+    audio_of,
+    check,
+    clock,
+    is_cut_off,
+    open_media,
+    origin,
+    video_of,
+)
 from harken.media.decode import Sound, read_sound
 
 SILENCE_DBFS: Final = -60.0
@@ -89,9 +99,10 @@ def cut(
 
     `pictures` is a second file where sound and pictures are stored apart. Without `needs_images` only the sound is
     kept.
-    Raises ClipError: `media.empty`, `media.not_media`, `media.truncated` (the file ends before it says), `qc.no_audio`,
-    `qc.no_video`, `qc.past_end` (less than 0.5 s of the clip is there), `qc.short` (less than 95 %), `qc.silent` (no
-    sample above `silence_dbfs`), or whatever reading the file raised.
+    Raises ClipError: `media.empty`, `media.not_media`, `media.truncated` (the file ends before it says),
+    `media.too_big` (the clip does not fit into memory), `qc.no_audio`, `qc.no_video`, `qc.past_end` (less than 0.5 s of
+    the clip is there), `qc.short` (less than 95 %), `qc.silent` (no sample above `silence_dbfs`), or whatever reading
+    the file raised.
     """
     files = [recording] if pictures is None or not needs_images else [recording, pictures]
     with ExitStack() as stack:
@@ -170,21 +181,26 @@ def _collect(container: InputContainer, streams: list[Stream], start_s: float, e
     end = None if end_s is None else float(zero) + end_s + _TAIL_S
     guide = streams[0]
     back = _LEAD_S
+    is_fresh = True
     while True:
-        packets = _read(container, streams, start - back, end, guide)
-        if start - back <= float(zero) or _has_lead(guide, packets[guide.index], start):
+        is_from_start = start - back <= float(zero)
+        # a file that was just opened stands at its beginning; a seek there loses the first sound of a WebM
+        packets = _read(container, streams, None if is_fresh and is_from_start else start - back, end, guide)
+        is_fresh = False
+        if is_from_start or _has_lead(guide, packets[guide.index], start):
             break
         back *= 8  # the file's index led behind the keyframe that shows the clip's start
     return [_Track(s, _needed(s, _dated(packets[s.index]), start), -round(zero / clock(s))) for s in streams]
 
 
 def _read(
-    container: InputContainer, streams: list[Stream], start: float, end: float | None, guide: Stream
+    container: InputContainer, streams: list[Stream], start: float | None, end: float | None, guide: Stream
 ) -> dict[int, list[Packet[Any]]]:
     found: dict[int, list[Packet[Any]]] = {s.index: [] for s in streams}
     going = set(found)
     try:
-        container.seek(max(0, math.floor(start / float(clock(guide)))), stream=guide, backward=True)
+        if start is not None:  # else from where the file stands
+            container.seek(max(0, math.floor(start / float(clock(guide)))), stream=guide, backward=True)
         for packet in container.demux(*streams):
             time = _time(packet)
             if time is None or not packet.size:
@@ -195,7 +211,9 @@ def _read(
             going.discard(packet.stream.index)
             if not going or time > end + _LAG_S:
                 break
-    except av.error.FFmpegError:
+    except av.error.MemoryError as e:  # what is missing is not the file's end
+        raise ClipError("media.too_big", f"{e.strerror} while reading packets") from e
+    except (av.error.FFmpegError, IndexError):  # PyAV's, for a stream that a damaged MPEG-TS first shows at its end
         pass  # the file ends here: `_prove` judges by what was read, and by what the file says of itself
     return found
 
@@ -244,6 +262,8 @@ def _store(tracks: list[_Track], files: list[MediaFile]) -> tuple[bytes, str, Fr
     for name, options in (("mp4", _MP4), ("matroska", _MATROSKA)):
         try:
             return _mux(tracks, name, options, lift), name, lift
+        except av.error.MemoryError as e:
+            raise ClipError("media.too_big", f"{e.strerror} while storing packets") from e
         except (
             av.error.FFmpegError,
             ValueError,
@@ -293,11 +313,19 @@ def _prove(
     """
     with open_media(io.BytesIO(data)) as container:
         audio, video = audio_of(container), video_of(container)
+        for stream in (audio, video) if needs_images else (audio,):
+            if stream is None or stream.codec_context is None:
+                raise ClipError("media.not_media", f"cannot be read once it is stored; {_streams_of(container)}")
         assert audio is not None
         packets: dict[str, list[Packet[Any]]] = {"audio": [], "video": []}
-        for packet in container.demux(*[s for s in (audio, video) if s is not None]):
-            if packet.size:
-                packets[packet.stream.type].append(packet)
+        try:
+            for packet in container.demux(*[s for s in (audio, video) if s is not None]):
+                if packet.size:
+                    packets[packet.stream.type].append(packet)
+        except av.error.ArgumentError as e:  # what libavcodec says of a picture that is larger than it may be
+            raise ClipError("media.too_big", f"a picture's size is refused; {MAX_PIXELS} pixels at most") from e
+        except av.error.FFmpegError as e:  # of a WAV or FLAC file, which is stored as it is
+            raise ClipError("media.truncated", f"{e.strerror} while reading what was stored") from e
         try:
             sound = read_sound(audio, packets["audio"], start_s, end_s)
         except ClipError as e:

@@ -7,12 +7,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 
 from harken.errors import ConfigError, DataError
@@ -21,6 +21,10 @@ from harken.models import weights
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 WEIGHTS_FILE = "clip.safetensors"
+PREPROCESSING = (
+    "RGB, short side to the image size (bicubic, antialiased, 8 bit), centre crop, "
+    f"/ 255, - ({', '.join(map(str, MEAN))}), / ({', '.join(map(str, STD))})"
+)
 
 
 @cache
@@ -62,6 +66,26 @@ class Vocabulary:
         return Vocabulary(context_length, tuple(sorted({t for c in captions for t in _byte_pairs().encode(c)})))
 
 
+@runtime_checkable
+class Encoder(Protocol):
+    """What computes the embeddings of a frozen CLIP: `Towers` themselves, or a runtime made of them (`runtimes`).
+
+    Both methods give float32 on the encoder's device, for pixels (`crop`) and token numbers on it; one call is one
+    pass. On the CPU the result of a pass depends on its input alone, bit for bit.
+    """
+
+    @property
+    def vocabulary(self) -> Vocabulary: ...
+    @property
+    def image_size(self) -> int: ...
+    @property
+    def embed_dim(self) -> int: ...
+    @property
+    def device(self) -> torch.device: ...
+    def encode_images(self, pixels: UInt8[Tensor, "image 3 size size"]) -> Float[Tensor, "image dim"]: ...
+    def encode_texts(self, tokens: Int[Tensor, "caption token"]) -> Float[Tensor, "caption dim"]: ...
+
+
 @dataclass(frozen=True)
 class Towers:
     """A frozen CLIP: `model` is open_clip's (`.visual` is the image tower), in evaluation mode, without gradients."""
@@ -82,9 +106,22 @@ class Towers:
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
-    def to(self, device: torch.device | str) -> Towers:
-        self.model.to(device)
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.model.parameters()).dtype
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Towers:
+        """The same model moved, and its weights cast: never autocast, which casts them again on every call."""
+        self.model.to(device, dtype)
         return self
+
+    @torch.no_grad()
+    def encode_images(self, pixels: UInt8[Tensor, "image 3 size size"]) -> Float[Tensor, "image dim"]:
+        return self.model.encode_image(normalise(pixels).to(self.dtype)).float()
+
+    @torch.no_grad()
+    def encode_texts(self, tokens: Int[Tensor, "caption token"]) -> Float[Tensor, "caption dim"]:
+        return _encode_text(self.model, tokens).float()
 
 
 def freeze(model: nn.Module) -> nn.Module:
@@ -101,6 +138,13 @@ def _towers(model: nn.Module, vocabulary: Vocabulary, config: Mapping[str, Any] 
         raise ConfigError(
             "CLIP: the image tower is not a vision transformer; take a ViT such as ViT-B-32-quickgelu."
         ) from None
+    text: Any = model
+    causal = isinstance(getattr(text, "attn_mask", None), Tensor) and isinstance(text.text_projection, Tensor)
+    if not causal or text.text_pool_type != "argmax":
+        raise ConfigError(
+            "CLIP: the text tower is not CLIP's own (causal, read at the end token), so its captions can neither be "
+            "numbered with CLIP's byte pairs nor cut behind their end; take a model such as ViT-B-32-quickgelu."
+        )
     return Towers(freeze(model), vocabulary, int(size), int(heads), int(visual.output_dim), config)
 
 
@@ -172,13 +216,14 @@ def build(config: Mapping[str, Any]) -> nn.Module:
     return CLIP(vision_cfg=CLIPVisionCfg(**config["vision_cfg"]), text_cfg=CLIPTextCfg(**config["text_cfg"]), **rest)
 
 
-def preprocess(images: Sequence[np.ndarray], size: int) -> Float[Tensor, "image 3 size size"]:
-    """CLIP's own: short side to `size` (bicubic, antialiased), centre crop, [0, 1], CLIP's mean and deviation.
+def crop(images: Sequence[np.ndarray], size: int) -> UInt8[Tensor, "image 3 size size"]:
+    """CLIP's own: short side to `size` (bicubic, antialiased), then the centre of `size` by `size` pixels.
 
-    `images` are uint8 (height, width, 3), RGB. Raises DataError for anything else.
+    torch's resize of bytes, in a quarter of the time of Pillow's, which open_clip uses: the same to one grey level, but
+    for a few values in a million that differ by two. `images` are uint8 (height, width, 3), RGB. Raises DataError for
+    anything else.
     """
-    out = torch.empty(len(images), 3, size, size)
-    mean, std = torch.tensor(MEAN)[:, None, None], torch.tensor(STD)[:, None, None]
+    out = torch.empty(len(images), 3, size, size, dtype=torch.uint8)
     for i, image in enumerate(images):
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
             raise DataError(f"image {i} is {image.dtype} {image.shape}; it must be uint8 (height, width, 3), RGB.")
@@ -189,28 +234,49 @@ def preprocess(images: Sequence[np.ndarray], size: int) -> Float[Tensor, "image 
         if target != (height, width):
             x = F.interpolate(x, size=target, mode="bicubic", antialias=True, align_corners=False)
         top, left = round((target[0] - size) / 2), round((target[1] - size) / 2)
-        out[i] = (x[0, :, top : top + size, left : left + size].float() / 255 - mean) / std
+        out[i] = x[0, :, top : top + size, left : left + size]
     return out
 
 
-@torch.no_grad()
-def image_embeddings(towers: Towers, images: Sequence[np.ndarray], *, batch: int = 64) -> Float[Tensor, "image dim"]:
-    """Projected image embeddings, float32, on the CPU, not L2-normalised: matching decides whether norms count."""
-    parts = []
-    for i in range(0, len(images), batch):
-        pixels = preprocess(images[i : i + batch], towers.image_size).to(towers.device)
-        parts.append(towers.model.encode_image(pixels).float().cpu())
-    return torch.cat(parts) if parts else torch.empty(0, towers.embed_dim)
+def normalise(pixels: UInt8[Tensor, "image 3 size size"]) -> Float[Tensor, "image 3 size size"]:
+    """To [0, 1], then CLIP's mean and deviation; where the pixels are."""
+    mean, std = (torch.tensor(v, device=pixels.device)[:, None, None] for v in (MEAN, STD))
+    return (pixels.float() / 255 - mean) / std
 
 
-@torch.no_grad()
-def text_embeddings(towers: Towers, captions: Sequence[str], *, batch: int = 256) -> Float[Tensor, "caption dim"]:
-    """Projected caption embeddings, float32, on the CPU, not L2-normalised. Captions beyond the context are cut."""
+def preprocess(images: Sequence[np.ndarray], size: int) -> Float[Tensor, "image 3 size size"]:
+    """uint8 (height, width, 3) RGB pictures as CLIP takes them: `PREPROCESSING`."""
+    out = torch.empty(len(images), 3, size, size)
+    for i, image in enumerate(images):  # one by one: a small CLIP is trained on thousands, held once
+        out[i] = normalise(crop([image], size))[0]
+    return out
+
+
+def image_embeddings(encoder: Encoder, images: Sequence[np.ndarray]) -> Float[Tensor, "image dim"]:
+    """Projected image embeddings, float32, on the CPU, not L2-normalised: matching decides whether norms count.
+
+    One pass: what a clip's images embed to must not depend on their neighbours, so give one clip's, and only those.
+    """
+    if not images:
+        return torch.empty(0, encoder.embed_dim)
+    return encoder.encode_images(crop(images, encoder.image_size).to(encoder.device)).cpu()
+
+
+def text_embeddings(encoder: Encoder, captions: Sequence[str], *, batch: int = 256) -> Float[Tensor, "caption dim"]:
+    """Projected caption embeddings, float32, on the CPU, not L2-normalised. Captions beyond the context are cut.
+
+    On the CPU each caption is a pass of its own, so that its bytes depend on nothing else; on a GPU `batch` of them.
+    """
+    if not captions:
+        return torch.empty(0, encoder.embed_dim)
+    tokens = encoder.vocabulary(captions)
+    ends = (tokens.argmax(dim=1) + 1).tolist()  # the end token has the highest number; nothing after it counts
+    step = 1 if encoder.device.type == "cpu" else batch
     parts = []
-    for i in range(0, len(captions), batch):
-        tokens = towers.vocabulary(captions[i : i + batch]).to(towers.device)
-        parts.append(towers.model.encode_text(tokens).float().cpu())
-    return torch.cat(parts) if parts else torch.empty(0, towers.embed_dim)
+    for i in range(0, len(captions), step):
+        part = tokens[i : i + step, : max(ends[i : i + step])]
+        parts.append(encoder.encode_texts(part.to(encoder.device)).cpu())
+    return torch.cat(parts)
 
 
 @dataclass(frozen=True)
@@ -277,4 +343,4 @@ def _encode_text(model: Any, tokens: Int[Tensor, "caption token"]) -> Float[Tens
     n = tokens.shape[1]
     x = model.token_embedding(tokens) + model.positional_embedding[:n]
     x = model.ln_final(model.transformer(x, attn_mask=model.attn_mask[:n, :n]))
-    return x[torch.arange(len(x)), tokens.argmax(dim=-1)] @ model.text_projection
+    return x[torch.arange(x.shape[0]), tokens.argmax(dim=-1)] @ model.text_projection

@@ -31,7 +31,7 @@ from harken.stages.train import ModelConfig, build_model
 from harken.training.batches import Features
 from harken.training.data import CaptionEmbeddings, ImageEmbeddings, captions_of
 from harken.training.loop import fold
-from harken.training.runs import device, load_model, runs_in
+from harken.training.runs import device, devices, load_model, runs_in
 from harken.training.tasks import Captions, FbankInput, TextToAudio, cosine_matrix, embed_clips
 from harken.world.truth import Truth
 
@@ -76,7 +76,7 @@ def run(paths: Paths, cfg: EvaluateConfig, map: Map) -> None:
     work.mkdir(parents=True, exist_ok=True)
     todo = [n for n in runs if not (_folder(work, n, marks[n]) / "results.json").is_file()]
     job = Job(paths=paths, evaluate=cfg, marks=marks)
-    for _ in track(map(evaluator, job, todo), len(todo), "evaluate: runs"):
+    for _ in track(map(evaluator, job, todo, devices=devices()), len(todo), "evaluate: runs"):
         pass
     done = [_folder(work, n, marks[n]) for n in runs]
     write_json(work / "results.json", [r for f in done for r in json.loads((f / "results.json").read_text())])

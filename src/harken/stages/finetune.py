@@ -15,6 +15,7 @@ from harken.config import Config, Paths, parse
 from harken.engines import Map
 from harken.errors import unknown
 from harken.evaluation.metrics import retrieval_metrics
+from harken.media.quality import Flag, flagged
 from harken.models.towers import LOGIT_SCALE_INIT
 from harken.progress import track
 from harken.shards import code_version, digest_of, file_sha256, fingerprint
@@ -25,6 +26,7 @@ from harken.training.loop import Plan, fit
 from harken.training.optim import OptimizerConfig, build
 from harken.training.runs import (
     device,
+    devices,
     finish,
     folder_of,
     load_model,
@@ -37,7 +39,7 @@ from harken.training.runs import (
 from harken.training.tasks import AudioText, AugmentConfig
 
 log = logging.getLogger("harken")
-CODE = ("stages/finetune.py", "stages/pretrain.py", "training", "models", "evaluation/metrics.py")
+CODE = ("stages/finetune.py", "stages/pretrain.py", "media/quality.py", "training", "models", "evaluation/metrics.py")
 
 
 class FinetuneRecipe(Config):
@@ -47,9 +49,10 @@ class FinetuneRecipe(Config):
 
 
 class FinetuneConfig(Config):
-    """One run per recipe and seed, on the captioned clips of `dataset`."""
+    """One run per recipe and seed, on the captioned clips of `dataset`; training leaves out those with such flags."""
 
     dataset: str
+    leave_out: list[Flag]
     augment: AugmentConfig
     batch: int
     epochs: int
@@ -79,13 +82,14 @@ def run(paths: Paths, cfg: FinetuneConfig, map: Map) -> None:
     shared = cfg.model_dump(exclude={"recipes", "seeds", "checkpoint_every"})
     captions = file_sha256(paths.embeddings / "captions.parquet")
     data = [digest_of(paths.features), captions, file_sha256(paths.stats / "stats.json"), code_version(CODE)]
+    data.append(fingerprint(sorted(flagged(paths.features, cfg.leave_out))))
     marks = {}
     for name, (recipe, seed) in runs.items():
         weights = paths.pretrained / run_name(cfg.recipes[recipe].start, seed) / "model.safetensors"
         marks[name] = fingerprint(shared, seed, file_sha256(weights), data)
     items = [(name, *runs[name]) for name in unfinished(work, marks)]
     job = Job(paths=paths, finetune=cfg, marks=marks)
-    for _ in track(map(trainer, job, items), len(items), "finetune: runs"):
+    for _ in track(map(trainer, job, items, devices=devices()), len(items), "finetune: runs"):
         pass
     publish_runs(work, paths.finetuned, marks)
 
@@ -107,9 +111,10 @@ def train_one(job: Job, item: tuple[str, str, int]) -> str:
     tower.to(device())
     manifest, read = Manifest.read(paths.manifest), fbank_input(paths, vit, cfg.augment)
     texts = CaptionEmbeddings(paths.embeddings)
+    doubtful = flagged(paths.features, cfg.leave_out)
     splits: list[tuple[object, torch.Tensor]] = []
-    for split in (Split.TRAIN, Split.VAL):
-        captions = captions_of(manifest, cfg.dataset, split, read.features, paths.features)
+    for split, left_out in ((Split.TRAIN, doubtful), (Split.VAL, frozenset())):
+        captions = captions_of(manifest, cfg.dataset, split, read.features, paths.features, left_out)
         splits.append((captions, texts.of(captions, cfg.dataset, split)))
     (train, train_texts), (val, val_texts) = splits
     task = AudioText(tower, read, train, train_texts, val, val_texts, retrieval_metrics)  # type: ignore[arg-type]

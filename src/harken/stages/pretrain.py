@@ -18,6 +18,7 @@ from harken.engines import Map
 from harken.errors import DataError
 from harken.evaluation.metrics import retrieval_metrics
 from harken.evaluation.protocols import PROTOCOLS
+from harken.media.quality import flagged
 from harken.models.audio_vit import AudioViT
 from harken.models.matching import MATCHES
 from harken.models.towers import AudioTower
@@ -25,15 +26,22 @@ from harken.progress import track
 from harken.shards import code_version, digest_of, file_sha256, fingerprint
 from harken.stages.stats import training_ids
 from harken.stages.weights import load_visual
-from harken.training.batches import Features, Order
+from harken.training.batches import Features, Order, ShardOrder
 from harken.training.data import ImageEmbeddings, read_stats
 from harken.training.loop import Plan, fit
 from harken.training.optim import OptimizerConfig, build
-from harken.training.runs import device, finish, folder_of, publish_runs, run_name, seeds_times, unfinished
+from harken.training.runs import device, devices, finish, folder_of, publish_runs, run_name, seeds_times, unfinished
 from harken.training.tasks import AudioImage, AugmentConfig, FbankInput
 
 log = logging.getLogger("harken")
-CODE = ("stages/pretrain.py", "training", "models", "evaluation/metrics.py", "evaluation/protocols.py")
+CODE = (
+    "stages/pretrain.py",
+    "media/quality.py",
+    "training",
+    "models",
+    "evaluation/metrics.py",
+    "evaluation/protocols.py",
+)
 
 
 class RandomImage(Config):
@@ -69,11 +77,16 @@ class VitConfig(Config):
 
 
 class PretrainConfig(Config):
-    """One run per recipe and seed. `val_images` names the image protocol by which the best epoch is chosen."""
+    """One run per recipe and seed. `val_images` names the image protocol by which the best epoch is chosen.
+
+    `shards_at_once`: null draws each batch from all clips; a number draws it from so many shards at a time, so that
+    features which do not fit in memory are read once an epoch, in order. It decides about batches, so about results.
+    """
 
     vit: VitConfig
     augment: AugmentConfig
     batch: int
+    shards_at_once: int | None
     epochs: int
     optimizer: OptimizerConfig
     checkpoint_every: int
@@ -100,7 +113,7 @@ def run(paths: Paths, cfg: PretrainConfig, map: Map) -> None:
     todo = unfinished(work, marks)
     job = Job(paths=paths, pretrain=cfg, marks=marks)
     items = [(name, *runs[name]) for name in todo]
-    for _ in track(map(trainer, job, items), len(items), "pretrain: runs"):
+    for _ in track(map(trainer, job, items, devices=devices()), len(items), "pretrain: runs"):
         pass
     publish_runs(work, paths.pretrained, marks)
 
@@ -125,11 +138,12 @@ def train_one(job: Job, item: tuple[str, str, int]) -> str:
     tower = build_tower(paths, cfg.vit, n_segments, seed).to(device())
     # a clip that is turned round no longer has its segments where its images are
     augment = cfg.augment.model_copy(update={"roll": cfg.augment.roll and n_segments == 1})
+    read = fbank_input(paths, cfg.vit, augment)
     match = MATCHES[settings.match](**settings.model_dump(exclude={"match"}))
     task = AudioImage(
         tower,
         match,
-        fbank_input(paths, cfg.vit, augment),
+        read,
         train,
         images.of(train),
         val,
@@ -137,7 +151,10 @@ def train_one(job: Job, item: tuple[str, str, int]) -> str:
         PROTOCOLS[cfg.val_images],
         partial(retrieval_metrics, ks=(1,)),
     )
-    order = Order(len(train), cfg.batch, seed)
+    order: Order | ShardOrder = Order(len(train), cfg.batch, seed)
+    if cfg.shards_at_once is not None:
+        of_clip = read.features.shards(read.features.numbers(train))
+        order = ShardOrder(of_clip, cfg.shards_at_once, cfg.batch, seed)
     optimizer, factor = build(cfg.optimizer, tower, cfg.batch, order.steps_per_epoch, cfg.epochs)
     plan = Plan(cfg.epochs, seed, factor, None, cfg.checkpoint_every, cfg.select)
     folder = folder_of(paths.work / "pretrain", name, job.marks[name])
@@ -149,15 +166,17 @@ def train_one(job: Job, item: tuple[str, str, int]) -> str:
 
 
 def split_ids(paths: Paths) -> tuple[list[str], list[str], Mapping[str, Any]]:
-    """Training and validation ids with features, and how many training clips were held out."""
+    """Training and validation ids with features, and how many training clips were held out or left out."""
     stats = read_stats(paths.stats)
     manifest, features = Manifest.read(paths.manifest), Features(paths.features, "fbank")
     exclude = {d: [Split(s) for s in splits] for d, splits in stats["exclude"].items()}  # type: ignore[attr-defined]
     dataset, split = str(stats["dataset"]), str(stats["split"])
     kept = training_ids(manifest, dataset, split, exclude)
-    n_listed = len(manifest.of(dataset, split))
+    doubtful = flagged(paths.features, stats["leave_out"])  # type: ignore[arg-type]
+    told = {"dataset": dataset, "n_held_out": len(manifest.of(dataset, split)) - len(kept)}
+    told["n_left_out"] = sum(i in doubtful for i in kept)
     val = [i for i in manifest.of(dataset, Split.VAL)["clip_id"].to_pylist() if i in features]
-    return [i for i in kept if i in features], val, {"dataset": dataset, "n_held_out": n_listed - len(kept)}
+    return [i for i in kept if i in features and i not in doubtful], val, told
 
 
 def build_tower(paths: Paths, cfg: VitConfig, n_segments: int, seed: int) -> AudioTower:

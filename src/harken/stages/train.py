@@ -16,6 +16,7 @@ from harken.config import Config, Paths
 from harken.engines import Map
 from harken.errors import ConfigError, unknown
 from harken.evaluation.metrics import retrieval_metrics
+from harken.media.quality import Flag, flagged
 from harken.models.bert import Bert
 from harken.models.losses import LOSSES
 from harken.models.panns import LOGMEL_ROWS_PER_S
@@ -28,11 +29,11 @@ from harken.training.batches import Features, Order
 from harken.training.data import captions_of
 from harken.training.loop import Plan, fit
 from harken.training.optim import OptimizerConfig, build
-from harken.training.runs import device, finish, folder_of, publish_runs, run_name, seeds_times, unfinished
+from harken.training.runs import device, devices, finish, folder_of, publish_runs, run_name, seeds_times, unfinished
 from harken.training.tasks import TextToAudio
 
 log = logging.getLogger("harken")
-CODE = ("stages/train.py", "stages/weights.py", "training", "models", "evaluation/metrics.py")
+CODE = ("stages/train.py", "stages/weights.py", "media/quality.py", "training", "models", "evaluation/metrics.py")
 
 
 class TrainRecipe(Config):
@@ -45,8 +46,12 @@ class TrainRecipe(Config):
 
 
 class TrainConfig(Config):
-    """`length_s[dataset]` pads or cuts every clip; `hidden`, `joint`: the projections' sizes; `freeze` names towers."""
+    """`length_s[dataset]` pads or cuts every clip; `hidden`, `joint`: the projections' sizes; `freeze` names towers.
 
+    Training, but not validation, leaves out the clips with a flag in `leave_out`.
+    """
+
+    leave_out: list[Flag]
     hidden: int
     joint: int
     text_dropout: float
@@ -90,10 +95,11 @@ def run(paths: Paths, cfg: TrainConfig, map: Map) -> None:
     shared = cfg.model_dump(exclude={"recipes", "seeds", "checkpoint_every"})
     data = [digest_of(paths.features), file_sha256(paths.manifest / "clips.parquet")]
     data += [file_sha256(paths.weights / "weights.json"), code_version(CODE)]
+    data.append(fingerprint(sorted(flagged(paths.features, cfg.leave_out))))
     marks = {n: fingerprint(shared, cfg.recipes[r].model_dump(), s, data) for n, (r, s) in runs.items()}
     items = [(name, *runs[name]) for name in unfinished(work, marks)]
     job = Job(paths=paths, train=cfg, marks=marks)
-    for _ in track(map(trainer, job, items), len(items), "train: runs"):
+    for _ in track(map(trainer, job, items, devices=devices()), len(items), "train: runs"):
         pass
     publish_runs(work, paths.trained, marks)
 
@@ -151,7 +157,9 @@ def train_one(job: Job, item: tuple[str, str, int]) -> str:
     for tower in cfg.freeze:
         getattr(model, tower).requires_grad_(False)
     manifest, features = Manifest.read(paths.manifest), Features(paths.features, "logmel")
-    train, val = (captions_of(manifest, recipe.dataset, s, features, paths.features) for s in (Split.TRAIN, Split.VAL))
+    captions = partial(captions_of, manifest, recipe.dataset, present=features, where=paths.features)
+    train = captions(split=Split.TRAIN, left_out=flagged(paths.features, cfg.leave_out))
+    val = captions(split=Split.VAL)
     n_rows = round(cfg.length_s[recipe.dataset] * LOGMEL_ROWS_PER_S) + 1
     loss = loss_of(name, recipe)
     task = TextToAudio(model, bert.tokenize, loss, features, n_rows, train, val, retrieval_metrics, device())

@@ -44,7 +44,7 @@ from harken.stages.stats import training_ids
 from harken.training.batches import Features, Order
 from harken.training.loop import Plan, fit
 from harken.training.optim import warmup_cosine
-from harken.training.runs import device
+from harken.training.runs import device, devices
 from harken.training.tasks import Tagging
 from harken.world.picture_captions import pairs
 
@@ -161,7 +161,7 @@ def run(paths: Paths, cfg: WeightsConfig, map: Map) -> None:
         work.mkdir(parents=True, exist_ok=True)
         parts = ["clip", "bert", *sorted(cfg.panns)]
         job = Job(paths=paths, weights=cfg, work=work)
-        found = dict(track(map(obtainer, job, parts), len(parts), "weights"))
+        found = dict(track(map(obtainer, job, parts, devices=devices()), len(parts), "weights"))
         told: dict[str, Any] = {"clip": found.pop("clip"), "bert": found.pop("bert"), "panns": found}
         # training starts from the image tower's tensors alone, without the cost of building CLIP
         towers = _towers(told["clip"], work)

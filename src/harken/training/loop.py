@@ -2,29 +2,41 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeVar, runtime_checkable
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from harken.errors import DataError
-from harken.training.batches import Order
+from harken.training.batches import Order, ShardOrder
 from harken.training.state import TrainState, load, save
 
 log = logging.getLogger("harken")
 
+Batch = TypeVar("Batch")
+Batch_co = TypeVar("Batch_co", covariant=True)
+
 
 @runtime_checkable
-class Task(Protocol):
+class Batches(Protocol[Batch_co]):
+    """What the loop goes through: the batches of any epoch from any step on, the same whenever they are asked for."""
+
+    def epoch(self, epoch: int, first_step: int = 0) -> Generator[Batch_co, None, None]:
+        """The batches of an epoch, each good until the next one is asked for."""
+        ...
+
+
+@runtime_checkable
+class Task(Protocol[Batch]):
     """What a recipe brings to the loop."""
 
     @property
@@ -32,8 +44,12 @@ class Task(Protocol):
         """What is trained."""
         ...
 
-    def loss(self, items: np.ndarray, epoch: int, generator: torch.Generator) -> tuple[Tensor, Mapping[str, float]]:
-        """The loss of one batch (numbers into the training clips) and what to log beside it."""
+    def batches(self, order: Order | ShardOrder) -> Batches[Batch]:
+        """What `loss` is given: what is on the disk of the clips that `order` names, or, for toys, `order` itself."""
+        ...
+
+    def loss(self, batch: Batch, epoch: int, generator: torch.Generator) -> tuple[Tensor, Mapping[str, float]]:
+        """The loss of one batch and what to log beside it."""
         ...
 
     def validate(self) -> Mapping[str, float]:
@@ -66,7 +82,14 @@ def _diverged(name: str, what: str, epoch: int, state: TrainState, path: Path) -
     )
 
 
-def fit(task: Task, optimizer: torch.optim.Optimizer, order: Order, plan: Plan, folder: Path, name: str) -> TrainState:
+def fit(
+    task: Task[Batch],
+    optimizer: torch.optim.Optimizer,
+    order: Order | ShardOrder,
+    plan: Plan,
+    folder: Path,
+    name: str,
+) -> TrainState:
     """Train `task.model` and leave it with the selected weights; resume from `folder` if a checkpoint is there.
 
     A run that is killed at any step and started again ends with the same bytes as one that was not: batches, schedule
@@ -80,40 +103,43 @@ def fit(task: Task, optimizer: torch.optim.Optimizer, order: Order, plan: Plan, 
     if path.is_file():
         state = load(path, task.model, best, optimizer)
         log.info("%s: resuming at step %d", name, state.step)
+    batches = task.batches(order)
     n_steps = plan.epochs * order.steps_per_epoch
     sums: dict[str, float] = state.history.pop() if state.history and "epoch" not in state.history[-1] else {}
     while state.step < n_steps:
         epoch, first = divmod(state.step, order.steps_per_epoch)
         began = time.monotonic()
         task.model.train()
-        for items in order.epoch(epoch, first):
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak_lr"] * plan.lr_factor(state.step)
-            seed = fold(plan.seed, state.step)
-            torch.manual_seed(
-                seed
-            )  # dropout has no generator argument; this is the one global draw, and it is a function of the step
-            loss, extra = task.loss(items, epoch, torch.Generator().manual_seed(seed))
-            value = float(loss.detach())
-            if not math.isfinite(value):
-                raise _diverged(name, f"loss is {value}", epoch, state, path)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
-            norm = nn.utils.get_total_norm([p.grad for p in task.model.parameters() if p.grad is not None])
-            if not math.isfinite(
-                norm
-            ):  # a finite loss can have one (sqrt at 0); the step would spoil every later checkpoint
-                raise _diverged(name, f"gradient's norm is {float(norm)}", epoch, state, path)
-            if plan.clip_norm is not None:
-                nn.utils.clip_grads_with_norm_(task.model.parameters(), plan.clip_norm, norm)
-            optimizer.step()
-            state.step += 1
-            for key, v in {"loss": value, **extra}.items():
-                sums[key] = sums.get(key, 0.0) + v
-            in_epoch = state.step % order.steps_per_epoch
-            if in_epoch and state.step % plan.checkpoint_every == 0:
-                part = TrainState(state.step, state.best, state.best_epoch, [*state.history, sums])
-                save(path, part, task.model, best, optimizer)
+        # closed even where a step raises: threads may be reading the next batches
+        with contextlib.closing(batches.epoch(epoch, first)) as coming:
+            for batch in coming:
+                for group in optimizer.param_groups:
+                    group["lr"] = group["peak_lr"] * plan.lr_factor(state.step)
+                seed = fold(plan.seed, state.step)
+                torch.manual_seed(
+                    seed
+                )  # dropout has no generator argument; this is the one global draw, and it is a function of the step
+                loss, extra = task.loss(batch, epoch, torch.Generator().manual_seed(seed))
+                value = float(loss.detach())
+                if not math.isfinite(value):
+                    raise _diverged(name, f"loss is {value}", epoch, state, path)
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()  # type: ignore[no-untyped-call]
+                norm = nn.utils.get_total_norm([p.grad for p in task.model.parameters() if p.grad is not None])
+                if not math.isfinite(
+                    norm
+                ):  # a finite loss can have one (sqrt at 0); the step would spoil every later checkpoint
+                    raise _diverged(name, f"gradient's norm is {float(norm)}", epoch, state, path)
+                if plan.clip_norm is not None:
+                    nn.utils.clip_grads_with_norm_(task.model.parameters(), plan.clip_norm, norm)
+                optimizer.step()
+                state.step += 1
+                for key, v in {"loss": value, **extra}.items():
+                    sums[key] = sums.get(key, 0.0) + v
+                in_epoch = state.step % order.steps_per_epoch
+                if in_epoch and state.step % plan.checkpoint_every == 0:
+                    part = TrainState(state.step, state.best, state.best_epoch, [*state.history, sums])
+                    save(path, part, task.model, best, optimizer)
         task.model.eval()
         with torch.no_grad():
             metrics = dict(task.validate())

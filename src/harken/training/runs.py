@@ -32,6 +32,13 @@ def device() -> torch.device:
         raise ConfigError(f"HARKEN_DEVICE={name!r}: {e}") from None
 
 
+def devices() -> list[str]:
+    """This machine's GPUs, for a fan-out with a worker for each; none where HARKEN_DEVICE says what to use."""
+    if os.environ.get("HARKEN_DEVICE"):
+        return []
+    return [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+
+
 def run_name(recipe: str, seed: int) -> str:
     """`recipe-seed`, the name of a run's folder."""
     return f"{recipe}-{seed}"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,8 @@ from harken.models.features import AudioFeatures
 from harken.models.losses import LOSSES
 from harken.models.panns import Panns
 from harken.models.towers import AudioTower, TextAudio
-from harken.training.batches import Features
+from harken.training.batches import Clips, Features, Order, ShardOrder
+from harken.training.loader import Batch, Loader, one_pass
 
 Score = Callable[[np.ndarray, list[np.ndarray]], Mapping[str, float]]
 """(scores (query, item), relevant items of each query) -> metrics; passed in by the stage from harken.evaluation."""
@@ -48,13 +50,20 @@ class FbankInput:
     augment: AugmentConfig | None
     device: torch.device
 
-    def __call__(self, clip_ids: Sequence[str], generator: torch.Generator | None) -> Float[Tensor, "clip frame mel"]:
+    def loader(self, order: Order | ShardOrder, clip_ids: Sequence[str]) -> Loader:
+        """The training clips in batches, read ahead."""
+        return Loader(order, self.features, clip_ids, self.n_frames, self.device)
+
+    def one_pass(self, clip_ids: Sequence[str], batch: int) -> AbstractContextManager[Iterator[Clips]]:
+        """Clips in the given order, read ahead."""
+        return one_pass(self.features, clip_ids, batch, self.n_frames, self.device)
+
+    def __call__(self, clips: Clips, generator: torch.Generator | None) -> Float[Tensor, "clip frame mel"]:
         """(clip, n_frames, mel), normalised; clips shorter than n_frames are padded with raw 0 before it (VIP-ANT).
 
         Augmented where a `generator` is given and there is an `augment`, untouched otherwise.
         """
-        fbank, _ = self.features.read(clip_ids, self.n_frames)
-        fbank = fbank.to(self.device).sub_(self.mean).div_(self.std)
+        fbank = clips.on(self.device).sub_(self.mean).div_(self.std)
         if generator is None or self.augment is None:
             return fbank
         n_clips, n_frames, n_mels = fbank.shape
@@ -80,8 +89,8 @@ def embed_clips(
 ) -> Tensor:
     """Embeddings of clips without augmentation: (clip, dim) if `pooled`, else (clip, segment, dim)."""
     encode = tower.pooled if pooled else tower.segments
-    parts = [encode(read(clip_ids[i : i + batch], None)).cpu() for i in range(0, len(clip_ids), batch)]
-    return torch.cat(parts).float()
+    with read.one_pass(clip_ids, batch) as batches:
+        return torch.cat([encode(read(clips, None)).cpu() for clips in batches]).float()
 
 
 @dataclass
@@ -98,9 +107,12 @@ class AudioImage:
     sim_of: Callable[[np.ndarray, np.ndarray], np.ndarray]
     score: Score
 
-    def loss(self, items: np.ndarray, epoch: int, generator: torch.Generator) -> tuple[Tensor, Mapping[str, float]]:
-        audio = self.model.segments(self.read([self.clip_ids[i] for i in items], generator))
-        images = self.images[torch.from_numpy(items)].to(audio.device)
+    def batches(self, order: Order | ShardOrder) -> Loader:
+        return self.read.loader(order, self.clip_ids)
+
+    def loss(self, batch: Batch, epoch: int, generator: torch.Generator) -> tuple[Tensor, Mapping[str, float]]:
+        audio = self.model.segments(self.read(batch.clips, generator))
+        images = self.images[torch.from_numpy(batch.items)].to(audio.device)
         cosine = self.match(audio if self.model.n_segments > 1 else audio[:, 0], images, epoch, generator)
         return LOSSES["infonce"](self.model.scaled(cosine)), {}
 
@@ -160,9 +172,12 @@ class AudioText:
     val_texts: Float[Tensor, "val_caption dim"]
     score: Score
 
-    def loss(self, items: np.ndarray, epoch: int, generator: torch.Generator) -> tuple[Tensor, Mapping[str, float]]:
-        audio = self.model.pooled(self.read([self.train.clip_ids[i] for i in items], generator))
-        text = self.texts[torch.from_numpy(self.train.draw(items, generator))].to(audio.device)
+    def batches(self, order: Order | ShardOrder) -> Loader:
+        return self.read.loader(order, self.train.clip_ids)
+
+    def loss(self, batch: Batch, epoch: int, generator: torch.Generator) -> tuple[Tensor, Mapping[str, float]]:
+        audio = self.model.pooled(self.read(batch.clips, generator))
+        text = self.texts[torch.from_numpy(self.train.draw(batch.items, generator))].to(audio.device)
         return LOSSES["infonce"](self.model.scaled(cosine_matrix(text, audio))), {}
 
     def similarity(self, captions: Captions, texts: Tensor) -> np.ndarray:
@@ -191,10 +206,12 @@ class Tagging:
     tags: Float[Tensor, "clip label"]
     device: torch.device
 
-    def loss(self, items: np.ndarray, epoch: int, generator: torch.Generator) -> tuple[Tensor, Mapping[str, float]]:
-        logmel, valid = self.features.read([self.clip_ids[i] for i in items], self.n_rows)
-        found = self.model.tags(self.model(logmel.to(self.device), valid.to(self.device)))
-        wanted = self.tags[torch.from_numpy(items)].to(self.device)
+    def batches(self, order: Order | ShardOrder) -> Loader:
+        return Loader(order, self.features, self.clip_ids, self.n_rows, self.device)
+
+    def loss(self, batch: Batch, epoch: int, generator: torch.Generator) -> tuple[Tensor, Mapping[str, float]]:
+        found = self.model.tags(self.model(batch.clips.on(self.device), batch.clips.valid_on(self.device)))
+        wanted = self.tags[torch.from_numpy(batch.items)].to(self.device)
         # summed over labels: a mean over hundreds of mostly absent ones would hardly move the network
         return nn.functional.binary_cross_entropy(found.clamp(1e-6, 1 - 1e-6), wanted) * wanted.shape[1], {}
 
@@ -217,21 +234,24 @@ class TextToAudio:
     device: torch.device
     batch: int = 32
 
-    def loss(self, items: np.ndarray, epoch: int, generator: torch.Generator) -> tuple[Tensor, Mapping[str, float]]:
-        logmel, valid = self.features.read([self.train.clip_ids[i] for i in items], self.n_rows)
-        audio = self.model.encode_audio(logmel.to(self.device), valid.to(self.device))
-        text = self.model.encode_text(self._tokens([self.train.texts[c] for c in self.train.draw(items, generator)]))
+    def batches(self, order: Order | ShardOrder) -> Loader:
+        return Loader(order, self.features, self.train.clip_ids, self.n_rows, self.device)
+
+    def loss(self, batch: Batch, epoch: int, generator: torch.Generator) -> tuple[Tensor, Mapping[str, float]]:
+        audio = self.model.encode_audio(batch.clips.on(self.device), batch.clips.valid_on(self.device))
+        drawn = self.train.draw(batch.items, generator)
+        text = self.model.encode_text(self._tokens([self.train.texts[c] for c in drawn]))
         sim = self.model.similarity(text, audio)
         return self.loss_of(sim), {"diagonal": float(sim.detach().diagonal().mean())}
 
     def similarity(self, captions: Captions) -> np.ndarray:
         """(caption, clip) cosine similarities of a whole split. Frames of all clips are held in memory once."""
         frames, masks, texts = [], [], []
-        for i in range(0, len(captions.clip_ids), self.batch):
-            logmel, valid = self.features.read(captions.clip_ids[i : i + self.batch], self.n_rows)
-            audio = self.model.encode_audio(logmel.to(self.device), valid.to(self.device))
-            frames.append(audio.frames)
-            masks.append(audio.mask)
+        with one_pass(self.features, captions.clip_ids, self.batch, self.n_rows, self.device) as batches:
+            for clips in batches:
+                audio = self.model.encode_audio(clips.on(self.device), clips.valid_on(self.device))
+                frames.append(audio.frames)
+                masks.append(audio.mask)
         for i in range(0, len(captions.texts), 4 * self.batch):
             texts.append(self.model.encode_text(self._tokens(captions.texts[i : i + 4 * self.batch])))
         audio = AudioFeatures(None, torch.cat(frames), torch.cat(masks))
