@@ -216,3 +216,10 @@ def test_the_papers_clip_has_the_papers_size() -> None:
     with torch.device("meta"):
         model = clip.build(open_clip.get_model_config("ViT-B-32-quickgelu"))
     assert sum(p.numel() for p in model.parameters()) == 151_277_313
+
+
+def test_a_clip_of_another_activation_is_refused() -> None:
+    config = clip.small_config(vocab_size=10)
+    clip._towers(clip.build(config), clip.Vocabulary(24), config)
+    with pytest.raises(ConfigError, match="QuickGELU"):
+        clip._towers(clip.build({**config, "quick_gelu": False}), clip.Vocabulary(24), config)

@@ -1,1 +1,4 @@
-"""Arrays to embeddings to similarity to loss. Towers meet only as a similarity matrix; only `weights` opens files."""
+"""Arrays to embeddings to similarity to loss. Towers meet only as a similarity matrix.
+
+Only `weights` and `vipant` open files.
+"""

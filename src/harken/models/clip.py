@@ -138,6 +138,12 @@ def _towers(model: nn.Module, vocabulary: Vocabulary, config: Mapping[str, Any] 
         raise ConfigError(
             "CLIP: the image tower is not a vision transformer; take a ViT such as ViT-B-32-quickgelu."
         ) from None
+    if type(visual.transformer.resblocks[0].mlp.gelu).__name__ != "QuickGELU":
+        raise ConfigError(
+            "CLIP: this architecture has GELU, and the audio tower that starts from its weights has QuickGELU, as "
+            "OpenAI's CLIP was trained with; every embedding would differ. Take a '-quickgelu' architecture, such as "
+            "ViT-B-32-quickgelu/openai."
+        )
     text: Any = model
     causal = isinstance(getattr(text, "attn_mask", None), Tensor) and isinstance(text.text_projection, Tensor)
     if not causal or text.text_pool_type != "argmax":

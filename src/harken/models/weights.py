@@ -1,4 +1,4 @@
-"""Weights on disk and over the wire: the only file of models/ that opens files.
+"""Weights on disk and over the wire: with `vipant`, the only file of models/ that opens files.
 
 harken's own checkpoints are safetensors with one JSON object in their header. Checkpoints from elsewhere are read with
 torch's weights-only unpickler, which runs no code, and are known by their SHA-256.
