@@ -22,7 +22,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import torch
 from ruamel.yaml import YAML
 
@@ -38,16 +37,22 @@ from harken.media.logmel import logmel
 from harken.media.resize import resize_short_side
 from harken.media.section import cut
 from harken.shards import ShardWriter, read_shard, shards_in
+from harken.stages.download import COLUMNS
 from harken.stages.extract import ExtractConfig, featurer, moments
 
 ROOT = Path(__file__).parents[1]
-COLUMNS = {"media": pa.binary(), "start_s": pa.float64(), "end_s": pa.float64(), "has_images": pa.bool_()}
 N_SHARDS, SIDE = 4, 224
 
 
 def store(folder: Path, n_clips: int, keyframe_every: int) -> None:
     section = cut(io.BytesIO(recording(END_S + 2, keyframe_every)), START_S, END_S, True)
-    row = {"media": section.data, "start_s": section.start_s, "end_s": section.end_s, "has_images": True}
+    row = {
+        "media": section.data,
+        "container": section.container,
+        "start_s": section.start_s,
+        "end_s": section.end_s,
+        "has_images": True,
+    }
     for shard in range(N_SHARDS):
         with ShardWriter(folder, shard, fingerprint="f", columns=COLUMNS) as out:
             for i in range(shard, n_clips, N_SHARDS):

@@ -13,6 +13,8 @@ from pathlib import Path
 for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ[_name] = "1"
 
+from harken.engines import n_cores  # noqa: E402 - after the threads are set
+
 ROUNDS = 5
 
 
@@ -48,7 +50,6 @@ def machine() -> str:
             line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")
         ]
         cpu = models[0] if models else cpu
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
     system = f"{platform.system()}, Python {platform.python_version()}"
-    return f"{cpu}, {cores} cores, {system}, {today}, one thread, median of {ROUNDS}"
+    return f"{cpu}, {n_cores()} cores, {system}, {today}, one thread, median of {ROUNDS}"

@@ -27,18 +27,12 @@ from harken.errors import ConfigError, DataError
 from harken.media.reasons import POLICIES
 from harken.search import index
 from harken.shards import ShardWriter, digest_of, facts, ledger, publish, read_shard, read_table, shard_path
+from harken.stages.download import COLUMNS as MEDIA
 from harken.takedown import FORGOTTEN, MESSAGE, Forgotten, forget, forgotten, read_tombstones, tombstones
 
 NOW_MS = 1_790_000_000_000
 VIDEOS = ["-leading_da", "_under_scor", "two_clips__", "two_clips__", "stays_here_", "denied_here", "no_pictures"]
 RECORDING = "Ambience, &amp; birds.wav"
-MEDIA = {
-    "media": pa.binary(),
-    "container": pa.string(),
-    "start_s": pa.float64(),
-    "end_s": pa.float64(),
-    "has_images": pa.bool_(),
-}
 FEATURES = {"images": pa.list_(pa.binary()), "image_times_s": pa.list_(pa.float64()), "duration_s": pa.float64()}
 DENSE = {"fbank": (4, "float16"), "logmel": (3, "float32")}
 

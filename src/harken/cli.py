@@ -17,6 +17,7 @@ from rich.table import Table
 
 from harken import __version__, acquire
 from harken.config import Config, Paths, load, params_path, read_params
+from harken.engines import n_cores
 from harken.errors import ConfigError, DataError, HarkenError, unknown
 from harken.stages import STAGES, config_class
 
@@ -200,8 +201,6 @@ def _finding(state: str, what: str, found: str) -> dict[str, str]:
 
 
 def _check_machine() -> list[dict[str, str]]:
-    import os
-
     version = ".".join(map(str, sys.version_info[:3]))
     checks = [_finding("ok" if (3, 11) <= sys.version_info < (3, 14) else "bad", "Python", version)]
     for package in ("torch", "av", "open_clip_torch", "yt-dlp", "dvc", "pyarrow"):
@@ -220,8 +219,7 @@ def _check_machine() -> list[dict[str, str]]:
 
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     checks.append(_finding("ok" if gpus else "note", "GPU", ", ".join(gpus) or "none; training runs on the CPU"))
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    checks.append(_finding("ok", "cores", str(cores)))
+    checks.append(_finding("ok", "cores", str(n_cores())))
     free = shutil.disk_usage(".").free / 2**30
     checks.append(_finding("ok" if free > 5 else "bad", "free disk", f"{free:.0f} GiB"))
     return checks

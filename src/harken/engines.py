@@ -105,11 +105,16 @@ def _start_worker(devices: Any = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 
 
+def n_cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+
+
 def n_workers() -> int:
     """Local workers: HARKEN_WORKERS, or one per core that this process may use."""
     given = os.environ.get("HARKEN_WORKERS", "")
     if not given:
-        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+        return n_cores()
     if not given.isdigit() or int(given) < 1:
         raise ConfigError(f"HARKEN_WORKERS={given!r}: expected a whole number of processes, 1 or more.")
     return int(given)

@@ -21,10 +21,8 @@ OWN_BYTES = 900e6  # torch, FFmpeg and all else that the process holds before it
 
 
 @pytest.fixture(scope="module")
-def giants() -> Iterator[Any]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(HERE))  # the guarded process takes this one's path
-        yield importlib.import_module("giants")
+def giants(beside: Any) -> Any:
+    return beside("giants")
 
 
 @pytest.fixture(scope="module")

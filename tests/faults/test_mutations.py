@@ -20,10 +20,8 @@ CUTS = [(0.0, 2.0), (0.3, 1.5), (0.0, None), (1.0, 2.0), (0.0, 2.0)]
 
 
 @pytest.fixture(scope="module")
-def mutations() -> Iterator[Any]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(HERE))  # the guarded process takes this one's path
-        yield importlib.import_module("mutations")
+def mutations(beside: Any) -> Any:
+    return beside("mutations")
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -21,15 +20,9 @@ from harken.media.images import read_jpeg
 from harken.media.section import cut
 from harken.shards import DenseArray, ShardWriter, facts, ledger, read_shard, read_table, shard_path, shards_in
 from harken.stages import extract
+from harken.stages.download import COLUMNS as MEDIA
 
 ROOT = Path(__file__).parents[2]
-MEDIA = {
-    "media": pa.binary(),
-    "container": pa.string(),
-    "start_s": pa.float64(),
-    "end_s": pa.float64(),
-    "has_images": pa.bool_(),
-}
 
 
 @pytest.fixture(scope="module")

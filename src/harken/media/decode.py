@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, TypeVar
 
 import av
 import av.error
@@ -36,6 +36,7 @@ from harken.media.images import Picture, image_times
 
 Waveform = NDArray[np.float32]
 Mix = Literal["first", "mean", "all"]
+Chosen = TypeVar("Chosen", AudioStream, VideoStream)
 RESAMPLER: Final = "VHQ"  # soxr quality; the choice moves FBANK values, so every rate of every clip uses this one
 MIN_RATE_HZ: Final = 1_000  # below it is no sound: the papers' features begin at 20 Hz with frames of 25 ms
 MAX_RATE_HZ: Final = 384_000  # the highest that recorders write
@@ -229,21 +230,20 @@ def _heard(sound: Sound) -> Heard:
 
 
 def _sounding(container: InputContainer) -> AudioStream:
-    stream = audio_of(container)
-    if stream is None:
-        raise ClipError("qc.no_audio", "the stored section has no audio stream")
-    if stream.codec_context is None:
-        raise ClipError("media.not_media", "no decoder for the stored section's sound")
-    return stream
+    return _decodable(audio_of(container), "qc.no_audio", "audio stream")
 
 
 def _showing(container: InputContainer) -> VideoStream:
-    stream = video_of(container)
-    if stream is None:
-        raise ClipError("qc.no_video", "the stored section has no video stream")
-    if stream.codec_context is None:
-        raise ClipError("media.not_media", "no decoder for the stored section's pictures")
+    stream = _decodable(video_of(container), "qc.no_video", "video stream")
     _refuse_big(stream.codec_context.width, stream.codec_context.height)
+    return stream
+
+
+def _decodable(stream: Chosen | None, reason: str, what: str) -> Chosen:
+    if stream is None:
+        raise ClipError(reason, f"the stored section has no {what}")
+    if stream.codec_context is None:
+        raise ClipError("media.not_media", f"no decoder for the stored section's {what}")
     return stream
 
 

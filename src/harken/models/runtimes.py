@@ -8,7 +8,6 @@ one kind of CPU and with one thread. On a GPU passes hold many clips; there noth
 from __future__ import annotations
 
 import importlib.metadata
-import os
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -21,6 +20,7 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 
+from harken.engines import n_cores
 from harken.errors import ConfigError
 from harken.models.clip import Encoder, Towers, Vocabulary, _encode_text, normalise
 
@@ -186,8 +186,7 @@ def pipelined(encoder: Encoder, groups: Iterable[Item], prepare: Prepare[Item, K
 
 def threads() -> int:
     """How many threads prepare images for one GPU: its share of the cores."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
-    return max(1, min(MAX_THREADS, cores // max(1, torch.cuda.device_count())))
+    return max(1, min(MAX_THREADS, n_cores() // max(1, torch.cuda.device_count())))
 
 
 def ahead(make: Callable[[Item], Made], items: Iterable[Item], threads: int) -> Iterator[Made]:
