@@ -90,7 +90,7 @@ def make(folder: Path, n: int) -> None:
 def ours(loader: Loader, widen: bool) -> int:
     total = 0
     with closing(loader.epoch(next(EPOCH))) as batches:
-        for items, clips in batches:
+        for items, clips, _ in batches:
             values = clips.on(CPU) if widen else clips.values
             assert values[:, 0, 0].tolist() == [i % 2048 for i in items]
             total += len(items)

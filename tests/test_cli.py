@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -16,7 +17,7 @@ from harken import __version__
 from harken.cli import FOLDERS, app, main
 from harken.clips import Clip, Manifest, Source, Split, youtube_id
 from harken.config import Paths, load
-from harken.shards import ShardWriter
+from harken.shards import ShardWriter, file_sha256
 from harken.stages import STAGES
 
 ROOT = Path(__file__).parents[1]
@@ -201,13 +202,13 @@ def test_a_wrong_preset_is_not_switched_to(
     assert Path("params.yaml").read_bytes() == before
 
 
-@pytest.mark.parametrize("command", ["status", "audit", "preset", "search"])
+@pytest.mark.parametrize("command", ["status", "audit", "preset", "search", "vipant"])
 def test_outside_of_a_project_it_says_where_to_go(
     command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("HARKEN_PARAMS", raising=False)
-    args = (command, "a dog") if command == "search" else (command,)
+    args = {"search": ("search", "a dog"), "vipant": ("vipant", "bimodal.pth")}.get(command, (command,))
     assert "Run from the project's root" in refusal(capsys, monkeypatch, *args)
 
 
@@ -216,3 +217,42 @@ def test_an_audit_before_the_download_says_what_to_run(
 ) -> None:
     shutil.rmtree(load("paths", Paths).media)
     assert "has no shards. Run `dvc repro`" in refusal(capsys, monkeypatch, "audit")
+
+
+def vipant_checkpoint(path: Path, stride: tuple[int, int], *cfg: object) -> Path:
+    """A checkpoint as VIP-ANT writes it, of a small tower for FBANKs of 1000 frames."""
+    from harken.models.audio_vit import AudioViT
+
+    where = ROOT / "tests/models/test_vipant.py"
+    spec = importlib.util.spec_from_file_location("vipant_layout", where)
+    assert spec is not None
+    assert spec.loader is not None
+    layout = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(layout)
+    tower = AudioViT(width=64, layers=1, heads=1, embed_dim=8, n_frames=1000, stride=stride)
+    written: Path = layout.write(path, layout.checkpoint(layout.as_vipant(tower), None, *cfg))
+    return written
+
+
+def test_vipant_tells_what_a_checkpoint_holds(project: Path) -> None:
+    path = vipant_checkpoint(project / "bimodal.pth", (32, 32), Path("never made"))
+    found = json.loads(say("vipant", str(path), "--json"))
+    shape = {"width": 64, "layers": 1, "heads": 1, "patch": 32, "embed_dim": 8, "positions": 125}
+    assert found.items() >= shape.items()
+    assert found["sha256"] == file_sha256(path)
+    assert found["logit_scale"] == 3.25
+    assert any(name.startswith("pathlib.") for name in found["not_imported"])
+    told = dict(line.split(maxsplit=1) for line in say("vipant", str(path)).splitlines())
+    assert told["sha256"] == found["sha256"]
+    assert (told["layers"], told["logit_scale"], told["file"]) == ("1", "3.25", "bimodal.pth")
+
+
+def test_vipant_says_what_does_not_fit(
+    project: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = vipant_checkpoint(project / "bimodal.pth", (16, 24))  # VIP-ANT's own; this preset has (32, 32)
+    said = refusal(capsys, monkeypatch, "vipant", str(path))
+    assert "306 positions" in said
+    assert "a grid of 31 x 4, 125 rows" in said
+    assert "(16, 24), a grid of 61 x 5" in said
+    assert "lost.pth: no such file" in refusal(capsys, monkeypatch, "vipant", "lost.pth")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 import pytest
+from pydantic import Field
 
 from harken.config import Config, Paths, load, parse, read_params
 from harken.errors import ConfigError
@@ -151,3 +152,36 @@ def test_presets_keep_their_data_apart() -> None:
 def test_an_unknown_stage_is_met_with_the_nearest() -> None:
     with pytest.raises(ConfigError, match="Did you mean 'pretrain'"):
         stage("pretain")
+
+
+class Dog(Config):
+    kind: Literal["dog"]
+    barks: int
+
+
+class Cat(Config):
+    kind: Literal["cat"]
+    sleeps: int
+
+
+class Zoo(Config):
+    pets: dict[str, Annotated[Dog | Cat, Field(discriminator="kind")]]
+
+
+@pytest.mark.parametrize(
+    ("pet", "says"),
+    [
+        ({"kind": "dgo", "barks": 1}, "zoo.pets.rex.kind: unknown name 'dgo'. Did you mean 'dog'? Known: cat, dog."),
+        ({"barks": 1}, "zoo.pets.rex.kind: missing key. Add it; presets/ holds complete examples."),
+        ({"kind": "dog"}, "zoo.pets.rex.barks: missing key. Add it; presets/ holds complete examples."),
+        ({"kind": "dog", "barks": "1"}, "zoo.pets.rex.barks: Input should be a valid integer (found '1')."),
+        (
+            {"kind": "cat", "sleeps": 1, "sleps": 1},
+            "zoo.pets.rex.sleps: unknown key. Did you mean 'sleeps'? Known: kind, sleeps.",
+        ),
+    ],
+)
+def test_of_several_classes_only_the_one_that_was_meant_is_spoken_of(pet: dict[str, Any], says: str) -> None:
+    with pytest.raises(ConfigError) as e:
+        parse("zoo", Zoo, {"pets": {"rex": pet}})
+    assert str(e.value) == says

@@ -275,5 +275,27 @@ def search(
         out.print(f"{h.score:6.3f}  {h.clip_id}  {h.captions[0] if h.captions else ''}", markup=False)
 
 
+@app.command(epilog="Example: harken vipant bimodal_16x24_00071478.pth")
+def vipant(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint that VIP-ANT's code wrote (.pth).")],
+    as_json: AsJson = False,
+) -> None:
+    """What a VIP-ANT checkpoint holds, and whether it fits `pretrain.vit`; nothing that it names is run.
+
+    To fine-tune and evaluate it, name it in `pretrain.recipes`: `official: {match: imported, checkpoint: PATH}`.
+    """
+    from harken.models.vipant import convert, read_vipant
+    from harken.stages.pretrain import PretrainConfig
+
+    vit, found = load("pretrain", PretrainConfig).vit, read_vipant(checkpoint)
+    convert(found, vit.n_frames, vit.stride)
+    facts = {**found.facts, "logit_scale": found.logit_scale}
+    if as_json:
+        print(json.dumps(facts, indent=1))
+        return
+    for key, value in facts.items():
+        print(f"{key:<16}  {', '.join(value) if isinstance(value, list) else value}")  # a hash stays on its line
+
+
 if __name__ == "__main__":
     main()

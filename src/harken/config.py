@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from harken.errors import ConfigError, nearest
+from harken.errors import ConfigError, nearest, unknown
 
 PARAMS = "params.yaml"
 
@@ -55,7 +56,7 @@ def parse(where: str, cls: type[T], values: Any) -> T:
         # JSON mode keeps strictness (no "3" for 3) and still lets a YAML list become a tuple and a string a Path
         return cls.model_validate_json(json.dumps(values), strict=True)
     except ValidationError as e:
-        raise ConfigError("\n".join(_explain(where, cls, err) for err in e.errors())) from None
+        raise ConfigError("\n".join(_explain(where, cls, values, err) for err in e.errors())) from None
 
 
 def load(name: str, cls: type[T], **overrides: Any) -> T:
@@ -75,9 +76,15 @@ def load(name: str, cls: type[T], **overrides: Any) -> T:
     return parse(f"{path}: {name}", cls, values)
 
 
-def _explain(where: str, cls: type[BaseModel], err: Any) -> str:
+def _explain(where: str, cls: type[BaseModel], values: Any, err: Any) -> str:
     loc = [str(p) for p in err["loc"]]
-    spot = ".".join([where, *loc])
+    spot = ".".join([where, *_as_written(values, loc)])
+    if err["type"].startswith("union_tag"):
+        # where a key such as `kind` says which class the rest is of
+        key = err["ctx"]["discriminator"].strip("'")
+        if err["type"] == "union_tag_not_found":
+            return f"{spot}.{key}: missing key. Add it; presets/ holds complete examples."
+        return str(unknown(f"{spot}.{key}", err["ctx"]["tag"], re.findall(r"'(.*?)'", err["ctx"]["expected_tags"])))
     if err["type"] == "missing":
         return f"{spot}: missing key. Add it; presets/ holds complete examples."
     if err["type"] == "extra_forbidden":
@@ -98,21 +105,59 @@ def _explain(where: str, cls: type[BaseModel], err: Any) -> str:
     return f"{spot}: {err['msg']} (found {err['input']!r})."
 
 
+def _as_written(values: Any, loc: list[str]) -> list[str]:
+    """`loc` without the names of classes that a key such as `kind` chose: they are no keys of the file."""
+    told, here = [], values
+    for i, part in enumerate(loc):
+        if isinstance(here, dict) and part not in here and i < len(loc) - 1:
+            continue
+        told.append(part)
+        if isinstance(here, dict):
+            here = here.get(part)
+        elif isinstance(here, list) and part.isdigit() and int(part) < len(here):
+            here = here[int(part)]
+    return told
+
+
 def _fields_at(cls: type[BaseModel], loc: list[str]) -> list[str]:
     """The field names of the config class found by walking `loc` from `cls`; empty where the walk loses its way."""
     here: Any = cls
     for part in loc:
-        if not (isinstance(here, type) and issubclass(here, BaseModel)):
-            # inside a dict or a union: the values' class, if there is exactly one
-            args = [a for a in getattr(here, "__args__", ()) if isinstance(a, type) and issubclass(a, BaseModel)]
-            here = args[0] if len(args) == 1 else None
-            continue
-        field = here.model_fields.get(part)
-        here = field.annotation if field else None
+        if isinstance(here, type) and issubclass(here, BaseModel):
+            field = here.model_fields.get(part)
+            here = field.annotation if field else None
+        else:
+            here = _inside(here, part)
     if not (isinstance(here, type) and issubclass(here, BaseModel)):
-        args = [a for a in getattr(here, "__args__", ()) if isinstance(a, type) and issubclass(a, BaseModel)]
-        here = args[0] if len(args) == 1 else None
+        here = _inside(here, "")
     return list(here.model_fields) if here is not None else []
+
+
+def _inside(kind: Any, part: str) -> Any:
+    """What lies in a dict, a list or a union at `part`: a dict's or list's one kind of value; of several classes the
+    one that has `part` for a name of its own.
+    """
+    if get_origin(kind) is dict or get_origin(kind) is list:
+        return get_args(kind)[-1]
+    found = [a for a in _classes(kind) if len(_classes(kind)) == 1 or part in _names_of(a)]
+    return found[0] if len(found) == 1 else None
+
+
+def _classes(kind: Any) -> list[type[BaseModel]]:
+    """The config classes of a union, however it is wrapped."""
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        return [kind]
+    return [c for a in get_args(kind) for c in _classes(a)]
+
+
+def _names_of(cls: type[BaseModel]) -> set[str]:
+    """The strings that some key of the class may have: how a union tells it from others."""
+    return {
+        name
+        for f in cls.model_fields.values()
+        if get_origin(f.annotation) is Literal
+        for name in get_args(f.annotation)
+    }
 
 
 class Paths(Config):

@@ -6,6 +6,8 @@ cluster) or `dask+tcp://host:port` (a running one). `HARKEN_WORKERS` is the numb
 core).
 Every worker computes with one thread, so that results do not depend on the number of workers. A fan-out that is given
 `devices` (a machine's GPUs) has one worker for each, which keeps its device for life.
+
+Processes that torchrun or srun starts together (WORLD_SIZE) go through the items together, one run at a time.
 """
 
 from __future__ import annotations
@@ -120,6 +122,14 @@ def n_workers() -> int:
     return int(given)
 
 
+def n_started() -> int:
+    """How many processes were started together to train one run: torchrun's WORLD_SIZE, else 1."""
+    given = os.environ.get("WORLD_SIZE", "1")
+    if not given.isdigit() or int(given) < 1:
+        raise ConfigError(f"WORLD_SIZE={given!r}: expected a whole number of processes, as torchrun sets it.")
+    return int(given)
+
+
 def _pool_size(n_items: int, n_devices: int = 0) -> int:
     """How many processes for so many items: one for each device where there are some, but HARKEN_WORKERS is obeyed.
 
@@ -227,7 +237,12 @@ ENGINES: dict[str, Callable[[], Map]] = {"local": lambda: local, "inline": lambd
 
 
 def engine() -> Map:
-    """The engine that HARKEN_ENGINE names. Raises ConfigError for an unknown one."""
+    """The engine that HARKEN_ENGINE names; `inline` where processes were started together, for these are the workers.
+
+    Raises ConfigError for an unknown one.
+    """
+    if n_started() > 1:
+        return inline
     name = os.environ.get("HARKEN_ENGINE", "local")
     if name.startswith("dask+"):
         return dask(name.removeprefix("dask+"))

@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+import copy
 import os
+import shutil
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
 from ruamel.yaml import YAML
 
 from harken.config import read_params
 
 ROOT = Path(__file__).parents[2]
+OUTS = {
+    "download": "media",
+    "extract": "features",
+    "pretrain": "pretrained",
+    "finetune": "finetuned",
+    "train": "trained",
+}
+"""stage -> where its result is"""
 WORLD = {
     "seed": 3,
     "n_train": 16,
@@ -45,7 +57,7 @@ def tiny_params() -> dict[str, Any]:
     p["weights"]["clip"] |= {"shape": shape, "n_pairs": 32, "steps": 4, "batch": 16}
     p["weights"]["bert"] |= {"dim": 16, "layers": 1, "heads": 2, "max_tokens": 64}
     p["extract"]["image_short_side"] = 32
-    p["pretrain"] |= {"vit": {"n_frames": 200, "stride": [16, 32], "checkpointing": False}}
+    p["pretrain"] |= {"vit": {"n_frames": 200, "stride": [16, 32]}}
     p["pretrain"] |= {"augment": {"freq_mask": 8, "time_mask": 20, "roll": True, "gain_db": 4.0}}
     p["pretrain"] |= {"batch": 4, "epochs": 2, "checkpoint_every": 1}
     p["finetune"] |= {"batch": 4, "epochs": 2, "checkpoint_every": 1}
@@ -98,26 +110,65 @@ class Corridor:
                 self.seconds[stage] = time.monotonic() - began
                 assert process.returncode == 0, said
 
-    def start(self, stage: str, **env: str) -> subprocess.Popen[str]:
+    def start(self, stage: str, together: int = 1, torchrun: Sequence[str] = (), **env: str) -> subprocess.Popen[str]:
+        """A stage, by itself or by `together` processes under torchrun; its process leads a group of its own."""
         settings = {"HARKEN_PARAMS": "params.yaml", "HARKEN_ENGINE": "inline", "CI": "1", "HARKEN_DEVICE": "cpu"}
         settings |= {"PYTHONPATH": str(ROOT / "src"), **env}
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(together), *torchrun]
         return subprocess.Popen(
-            [sys.executable, "-m", "harken.stages", stage],
+            [sys.executable, *(launcher if together > 1 else []), "-m", "harken.stages", stage],
             cwd=self.root,
             env={**os.environ, **settings},
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
 
-    def run(self, stage: str, **env: str) -> str:
+    def ended(self, process: subprocess.Popen[str]) -> tuple[int, str]:
+        """The exit status of a stage that was started, and what it said."""
+        try:
+            said, _ = process.communicate(timeout=200)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+            raise
+        return process.returncode, said
+
+    def run(self, stage: str, together: int = 1, **env: str) -> str:
         """What the stage said. Fails the test where it did not end with status 0."""
-        process = self.start(stage, **env)
-        said, _ = process.communicate(timeout=200)
-        assert process.returncode == 0, said
+        status, said = self.ended(self.start(stage, together, **env))
+        assert status == 0, said
         return said
 
 
 def contents(folder: Path) -> Mapping[str, bytes]:
     """Every file under a folder, by name."""
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def copy_before(corridor: Corridor, stage: str, root: Path) -> Corridor:
+    """The corridor as it was before a stage, by hard links: no stage may write into what it did not make."""
+    shutil.copytree(corridor.root, root, copy_function=os.link)
+    (root / "params.yaml").unlink()  # a test may write other ones
+    made = Corridor(root, copy.deepcopy(corridor.params))
+    made.write()
+    shutil.rmtree(made.path(OUTS[stage]))
+    shutil.rmtree(made.path("work") / stage)
+    return made
+
+
+def until(is_so: Callable[[], bool], limit_s: float) -> bool:
+    end = time.monotonic() + limit_s
+    while not is_so():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.002)
+    return True
+
+
+def lives(process: psutil.Process) -> bool:
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

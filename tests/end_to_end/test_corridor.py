@@ -105,6 +105,7 @@ def test_the_results_have_every_row(corridor: Corridor, paths: Paths) -> None:
                 assert 0 <= low <= values[f"R@{k}"] <= high <= 100
     report = (paths.report / "report.md").read_text()
     assert all(row in report for _, row, _, _ in expected_rows(corridor.params))
+    assert all(f"### {part}" in report for part in ("The nearest image", "When images are taken", "Comparisons"))
 
 
 def test_one_gallery_has_one_passport(paths: Paths) -> None:
@@ -115,7 +116,7 @@ def test_one_gallery_has_one_passport(paths: Paths) -> None:
     assert all(len(passports) == 1 for passports in of.values())
 
 
-REWRITTEN = ("clips.parquet", "ranks.parquet", "visits.parquet", "missing.parquet")
+REWRITTEN = ("clips.parquet", "ranks.parquet", "planted.parquet", "visits.parquet", "missing.parquet")
 
 
 @pytest.mark.parametrize("name", STAGES)

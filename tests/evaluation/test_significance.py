@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from harken.errors import ConfigError, DataError
-from harken.evaluation.significance import bootstrap, paired_difference
+from harken.evaluation.significance import bootstrap, paired_by_seed, paired_difference, pooled
 
 
 def rng(seed: int = 0) -> np.random.Generator:
@@ -120,3 +120,53 @@ def test_misuse_is_refused(values, clips, options, error, says) -> None:  # type
 def test_runs_of_different_queries_are_not_compared() -> None:
     with pytest.raises(ConfigError, match="3 queries against 2"):
         paired_difference([1, 2, 3], [1, 2], [0, 1, 2], rng=rng())
+
+
+def hits(n_seeds: int, skill: float, *, first: int = 20) -> dict[int, np.ndarray]:
+    return {first + k: 100.0 * (rng(100 + first + k).random(300) < skill) for k in range(n_seeds)}
+
+
+def test_pooled_runs_have_both_errors() -> None:
+    runs, clips = hits(3, 0.6), np.arange(300)
+    found = pooled(runs, clips, rng=rng(1), n_resamples=500)
+    means = [v.mean() for v in runs.values()]
+    assert found.mean == pytest.approx(np.mean(means))
+    assert found.std == pytest.approx(np.std(means, ddof=1))
+    assert found.seeds == (20, 21, 22)
+    same = bootstrap(np.stack(list(runs.values())), clips, rng=rng(1), n_resamples=500)
+    assert (found.low, found.high) == (same.low, same.high)
+    assert pooled(dict(reversed(runs.items())), clips, rng=rng(1), n_resamples=500) == found
+
+
+def test_one_run_has_no_spread() -> None:
+    assert pooled(hits(1, 0.6), np.arange(300), rng=rng(), n_resamples=50).std is None
+
+
+def test_only_the_seeds_that_both_have_are_compared() -> None:
+    a, b = hits(3, 0.7), hits(2, 0.6, first=21) | {7: np.full(300, 100.0)}
+    found = paired_by_seed(a, b, np.arange(300), rng=rng(2), n_resamples=200)
+    assert found.seeds_a == found.seeds_b == (21, 22)
+    assert found.by_seed == {s: pytest.approx((a[s] - b[s]).mean()) for s in (21, 22)}
+    assert found.difference.mean == pytest.approx(np.mean(list(found.by_seed.values())))
+
+
+def test_without_a_common_seed_each_is_the_mean_of_its_own() -> None:
+    a, b = hits(1, 0.7), hits(2, 0.6, first=31)
+    found = paired_by_seed(a, b, np.arange(300), rng=rng(3), n_resamples=200)
+    assert (found.seeds_a, found.seeds_b, dict(found.by_seed)) == ((20,), (31, 32), {})
+    assert found.difference.mean == pytest.approx(a[20].mean() - (b[31].mean() + b[32].mean()) / 2)
+
+
+def test_a_seed_that_goes_the_other_way_is_told() -> None:
+    b = {20: np.zeros(300), 21: np.zeros(300)}
+    a = {20: np.full(300, 40.0), 21: np.full(300, -10.0)}
+    found = paired_by_seed(a, b, np.arange(300), rng=rng(4), n_resamples=200)
+    assert found.difference.mean == 15
+    assert found.verdict == "a real difference, but only in 1 of 2 seeds"
+    assert paired_by_seed(b, a, np.arange(300), rng=rng(4), n_resamples=200).verdict.startswith("a real loss, but only")
+
+
+@pytest.mark.parametrize("runs", [{}, {20: np.ones(3), 21: np.ones(4)}, {20: np.ones((2, 3))}])
+def test_runs_that_do_not_fit_are_refused(runs: dict[int, np.ndarray]) -> None:
+    with pytest.raises(ConfigError, match="at least one seed, each with values"):
+        pooled(runs, np.arange(3), rng=rng(), n_resamples=10)

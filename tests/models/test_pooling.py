@@ -9,7 +9,8 @@ from harken.errors import DataError
 from harken.models.pooling import POOLINGS, cosine_similarity
 
 DIM = 24
-OPTIONS = {"netrvlad": {"n_clusters": 4}, "tap": {"dp": 12}}
+OPTIONS = {"netrvlad": {"n_clusters": 4}, "tap": {"dp": 12}, "xpool": {"dp": 12}}
+VARIANTS = [(name, {}) for name in POOLINGS] + [("netrvlad", {"gating": True}), ("xpool", {"dp": None})]
 
 
 def build(name: str, **more: object) -> torch.nn.Module:
@@ -21,9 +22,10 @@ def build(name: str, **more: object) -> torch.nn.Module:
     return pool
 
 
-@pytest.fixture(params=POOLINGS)
+@pytest.fixture(params=VARIANTS, ids=str)
 def pool(request: pytest.FixtureRequest) -> torch.nn.Module:
-    return build(request.param)
+    name, options = request.param
+    return build(name, **options)
 
 
 @pytest.fixture(params=[{}, {"share_ln": False}, {"bias": True}], ids=str)
@@ -104,6 +106,72 @@ def test_netrvlad_s_statistics_are_those_of_valid_frames() -> None:
     a(frames, mask, texts)
     b(torch.cat([frames, 1e3 + frames], 1), torch.cat([mask, ~mask], 1), texts)
     torch.testing.assert_close(a.bn.running_mean, b.bn.running_mean)
+
+
+def test_netrvlad_s_gate_scales_each_dimension() -> None:
+    frames, mask, texts = data()
+    plain, gated = build("netrvlad"), build("netrvlad", gating=True)
+    gated.load_state_dict(plain.state_dict(), strict=False)
+    z = plain(frames, mask, texts)
+    ratio = gated(frames, mask, texts) / z
+    torch.testing.assert_close(ratio, torch.sigmoid(gated.gate(z[:, 0]))[:, None])
+    assert float(ratio.detach().std()) > 0.01
+    torch.nn.init.zeros_(gated.gate[1].weight)
+    torch.nn.init.zeros_(gated.gate[1].bias)
+    torch.testing.assert_close(gated(frames, mask, texts), z / 2)
+
+
+def test_maxsim_takes_the_best_frame_of_each_text() -> None:
+    frames, mask, texts = data()
+    mask[1, 2:] = False
+    pooled = build("maxsim")(frames, mask, texts)
+    for c in range(3):
+        for t in range(4):
+            cosines = [float(torch.cosine_similarity(texts[t], f, dim=0)) for f in frames[c][mask[c]]]
+            assert torch.equal(pooled[c, t], frames[c, cosines.index(max(cosines))])
+            assert float(cosine_similarity(texts, pooled)[t, c]) == pytest.approx(max(cosines), rel=1e-12)
+
+
+def test_maxsim_takes_the_first_of_equals_and_does_not_see_length() -> None:
+    frames, mask, texts = data()
+    best = build("maxsim")
+    stretched = frames * torch.rand(3, 6, 1, generator=torch.Generator().manual_seed(0)).double().add(0.1)
+    same = cosine_similarity(texts, best(stretched, mask, texts))
+    torch.testing.assert_close(same, cosine_similarity(texts, best(frames, mask, texts)))
+    doubled = torch.cat([frames, 2 * frames], dim=1)
+    torch.testing.assert_close(best(doubled, mask.repeat(1, 2), texts), best(frames, mask, texts))
+
+
+def test_xpool_has_x_pool_s_parameters_and_start() -> None:
+    pool = POOLINGS["xpool"](dim=512)
+    assert sum(p.numel() for p in pool.parameters()) == 1_316_352
+    for projection in (pool.attention.query, pool.attention.key, pool.attention.value, pool.attention.out, pool.fc):
+        assert torch.equal(projection.weight, torch.eye(512))
+        assert not projection.bias.any()
+    narrow = POOLINGS["xpool"](dim=DIM, dp=12)
+    assert narrow.attention.query.weight.shape == (12, DIM)
+    assert torch.equal(narrow.fc.weight, torch.eye(DIM))
+    assert narrow.dropout.p == 0.3
+
+
+def test_xpool_is_tap_and_a_residual() -> None:
+    frames, mask, texts = data()
+    pool = build("xpool")
+    x = pool.attention(frames, mask, texts)
+    torch.testing.assert_close(pool(frames, mask, texts), pool.ln_fc(x + x @ pool.fc.weight.T + pool.fc.bias))
+    torch.nn.init.zeros_(pool.fc.weight)
+    torch.nn.init.zeros_(pool.fc.bias)
+    torch.testing.assert_close(pool(frames, mask, texts), pool.ln_fc(x))
+
+
+def test_xpool_drops_in_training_alone() -> None:
+    frames, mask, texts = data()
+    pool = build("xpool")
+    still = pool(frames, mask, texts)
+    assert torch.equal(still, pool(frames, mask, texts))
+    assert not torch.equal(still, pool.train()(frames, mask, texts))
+    certain = build("xpool", dropout=0.0).train()
+    torch.testing.assert_close(certain(frames, mask, texts), still)
 
 
 def test_cosine_similarity_is_by_rows_of_text_and_columns_of_clips() -> None:

@@ -26,11 +26,11 @@ from harken.models import vipant as vipant_module
 from harken.models.audio_vit import AudioViT
 from harken.models.towers import LOGIT_SCALE_INIT, AudioTower
 from harken.models.vipant import KEYS, VipAnt, _Dict, _Inert, _Tensor, convert, read_vipant, write_run
-from harken.stages.pretrain import VitConfig
+from harken.stages.pretrain import WHOLE, VitConfig
 from harken.training.runs import finish, load_model, runs_in
 from harken.training.state import TrainState
 
-VIT = {"n_frames": 200, "stride": [16, 24], "checkpointing": False}
+VIT = {"n_frames": 200, "stride": [16, 24]}
 
 
 def tower(**shape: Any) -> AudioTower:
@@ -233,10 +233,10 @@ def test_an_imported_run_has_what_a_pretrained_one_has(tmp_path: Path) -> None:
     ours = tower()
     vipant = read_vipant(write(tmp_path / "v.pth", checkpoint(as_vipant(ours.vit))))
     folder = tmp_path / "runs" / "vip_ant_official-20"
-    official = {"recipe": "vip_ant_official", "seed": 20, "dataset": "audioset", "vit": VIT}
-    write_run(vipant, folder, tower(), **official)
+    official = {"recipe": "vip_ant_official", "seed": 20, "side": WHOLE.model_dump(), "dataset": "audioset", "vit": VIT}
+    write_run(vipant, folder, tower(), official)
     (told,) = runs_in(tmp_path / "runs")
-    keys = ["recipe", "seed", "n_segments", "vit", "n_train", "n_val", "dataset", "n_held_out", "n_left_out"]
+    keys = ["recipe", "seed", "side", "vit", "n_train", "n_val", "dataset", "n_held_out", "n_left_out"]
     facts = {k: told[k] for k in (*keys, "imported")}
     finish(tmp_path / "trained", ours, TrainState(), facts)
     assert sorted(p.name for p in folder.iterdir()) == sorted(p.name for p in (tmp_path / "trained").iterdir())
@@ -244,15 +244,15 @@ def test_an_imported_run_has_what_a_pretrained_one_has(tmp_path: Path) -> None:
         assert (folder / name).read_bytes() == (tmp_path / "trained" / name).read_bytes(), name
     assert told.keys() - {"run"} == json.loads((tmp_path / "trained" / "run.json").read_text()).keys()
     assert VitConfig.model_validate_json(json.dumps(told["vit"])).stride == (16, 24)
-    assert (told["n_segments"], told["steps"], told["imported"]["sha256"]) == (1, None, vipant.facts["sha256"])
+    assert (told["side"]["n_segments"], told["steps"], told["imported"]["sha256"]) == (1, None, vipant.facts["sha256"])
     back = load_model(tmp_path / "runs", "vip_ant_official-20", tower(layers=2))
     assert torch.equal(back.get_parameter("vit.conv1.weight"), ours.vit.conv1.weight)
     with pytest.raises(
         DataError, match=r"this preset's CLIP:\n +key +found +expected\n +vit.proj +\(64, 16\) +\(64, 8\)$"
     ):
-        write_run(vipant, tmp_path / "none", tower(embed_dim=8), **official)
+        write_run(vipant, tmp_path / "none", tower(embed_dim=8), official)
     with pytest.raises(DataError, match="has 1 heads, this preset's CLIP has 2"):
-        write_run(vipant, tmp_path / "none", tower(heads=2), **official)
+        write_run(vipant, tmp_path / "none", tower(heads=2), official)
     assert not (tmp_path / "none").exists()
 
 

@@ -41,8 +41,14 @@ def test_what_is_no_weights_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="harken did not write"):
         weights.load(tmp_path / "foreign")
     weights.save(tmp_path / "other", {"weight": torch.zeros(2, 3)}, {})
-    with pytest.raises(DataError, match="does not fit Linear"):
-        weights.load_into(torch.nn.Linear(3, 2), tmp_path / "other")
+    with pytest.raises(DataError, match="does not fit Linear") as e:
+        weights.load_into(torch.nn.Linear(3, 4), tmp_path / "other")
+    rows = [line.split(maxsplit=1) for line in str(e.value).splitlines()[1:]]
+    assert [(k, " ".join(v.split())) for k, v in rows] == [
+        ("key", "found expected"),
+        ("bias", "none (4,)"),
+        ("weight", "(2, 3) (4, 3)"),
+    ]
 
 
 def upstream(model: torch.nn.Module, n_fft: int = 1024) -> dict[str, torch.Tensor]:

@@ -61,7 +61,7 @@ def seen(loader: Loader, epoch: int, first: int = 0) -> list[tuple[list[int], Te
     """What a training that is at each batch for a while would see."""
     found = []
     with contextlib.closing(loader.epoch(epoch, first)) as batches:
-        for items, clips in batches:
+        for items, clips, _ in batches:
             time.sleep(0.0005)
             found.append((items.tolist(), clips.on(CPU), clips.valid_on(CPU)))
     return found
@@ -255,7 +255,7 @@ def test_a_gpu_is_fed_from_page_locked_memory(features: Features) -> None:
     expected = seen(Loader(Order(N, BATCH, 5), features, IDS, ROWS, CPU), 0)
     found: list[Any] = []
     with contextlib.closing(loader.epoch(0)) as batches:
-        for items, clips in batches:
+        for items, clips, _ in batches:
             assert clips.values.is_pinned()
             torch.cuda._sleep(10_000_000)  # the copy waits in the stream while the buffer is given back
             found.append((items.tolist(), clips.on(gpu), clips.valid_on(gpu)))

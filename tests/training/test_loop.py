@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import threading
 from collections.abc import Mapping
@@ -61,6 +62,9 @@ class Regression:
         out = self.model(x + 0.1 * noise)
         loss = (out - self.y[items]).square().mean()
         return loss * self.bad.get(step, 1.0), {"noise": float(noise.mean())}
+
+    def names(self, batch: Any) -> list[str]:
+        return [f"clip {i}" for i in batch]
 
     def validate(self) -> Mapping[str, float]:
         n = next(self.n_validations)
@@ -220,7 +224,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(bad: floa
     with pytest.raises(DataError, match=says) as e:
         run(tmp_path, Regression(bad={4: bad}))
     path = tmp_path / "state.safetensors"
-    assert f"The last good state is {path}. Lower the learning rate" in str(e.value)
+    assert f"The last good state is {path}. Look at these clips" in str(e.value)
     fine, task = tmp_path / "fine", Regression(kill_at=4)
     with pytest.raises(Killed):
         run(fine, task)
@@ -239,10 +243,19 @@ class RootAtZero(Regression):
 def test_a_gradient_that_is_not_finite_stops_before_it_spoils_the_weights(tmp_path: Path) -> None:
     task = RootAtZero()
     before = weights(task)
-    with pytest.raises(DataError, match=r"the gradient's norm is nan at epoch 0, step 0. No state was kept yet"):
+    with pytest.raises(DataError, match=r"the gradient's norm is nan at epoch 0, step 0.*No state was kept yet"):
         run(tmp_path, task)
     assert all(torch.equal(p, before[k]) for k, p in task.model.named_parameters())
-    assert not list(tmp_path.iterdir())
+    assert [p.name for p in tmp_path.iterdir()] == ["diverged.json"]
+
+
+def test_the_batch_that_diverged_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"The batch was clip \d, clip \d, clip \d, clip \d; \S+diverged.json") as e:
+        run(tmp_path, Regression(bad={4: math.nan}))
+    told = json.loads((tmp_path / "diverged.json").read_text())
+    expected = [f"clip {i}" for i in list(Order(N, BATCH, 5).epoch(1))[1]]
+    assert told == {"what": "loss is nan", "epoch": 1, "step": 4, "clips": expected}
+    assert ", ".join(expected) in str(e.value)
 
 
 @pytest.mark.parametrize(

@@ -72,9 +72,63 @@ def test_what_is_done_is_not_done_again_and_what_nobody_wants_goes(tmp_path: Pat
     (work / "begun-20.abc").mkdir()
     (work / "begun-20.abc" / "state.safetensors").touch()
     marks = {"tap-20": "abc", "mean-20": "new", "begun-20": "abc"}
-    assert unfinished(work, marks) == ["mean-20", "begun-20"]
-    assert sorted(p.name for p in work.iterdir()) == ["begun-20.abc", "tap-20.abc"]
+    assert unfinished(work, marks, {n: {"seed": 20} for n in marks}) == ["mean-20", "begun-20"]
+    assert sorted(p.name for p in work.iterdir()) == ["begun-20.abc", "mean-20.new", "tap-20.abc"]
     assert (work / "begun-20.abc" / "state.safetensors").exists()
+
+
+THEN = {"pretrain": {"epochs": 30, "optimizer": {"lr_weight": 0.2}, "batch": 128}, "data": {"stats": "aa"}, "code": "c"}
+NOW = {
+    "pretrain": {"epochs": 20, "optimizer": {"lr_weight": 0.1}, "compute": None},
+    "data": {"stats": "bb"},
+    "code": "c",
+}
+
+
+def begin(work: Path) -> Path:
+    assert unfinished(work, {"nearest-20": "then"}, {"nearest-20": THEN}) == ["nearest-20"]
+    folder = work / "nearest-20.then"
+    (folder / "state.safetensors").write_bytes(b"hours of work")
+    return folder
+
+
+def test_a_run_begun_under_other_settings_is_kept_and_what_changed_is_listed(tmp_path: Path) -> None:
+    folder = begin(tmp_path)
+    with pytest.raises(DataError, match="begun under other settings") as e:
+        unfinished(tmp_path, {"nearest-20": "now"}, {"nearest-20": NOW})
+    said = str(e.value)
+    changes = ["pretrain.epochs: 30 -> 20", "pretrain.optimizer.lr_weight: 0.2 -> 0.1", "pretrain.batch: 128 -> absent"]
+    assert all(c in said for c in [*changes, "pretrain.compute: absent -> None", "data.stats has changed"])
+    assert "code" not in said
+    assert str(folder) in said
+    assert "put the settings back" in said
+    assert (folder / "state.safetensors").read_bytes() == b"hours of work"
+    assert unfinished(tmp_path, {"nearest-20": "then"}, {"nearest-20": THEN}) == ["nearest-20"]  # and it goes on
+
+
+def test_what_was_begun_is_given_up_on_request_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = begin(tmp_path)
+    monkeypatch.setenv("HARKEN_RESTART", "1")
+    assert unfinished(tmp_path, {"nearest-20": "now"}, {"nearest-20": NOW}) == ["nearest-20"]
+    assert not folder.exists()
+
+
+def test_what_was_begun_of_a_recipe_that_is_gone_for_now_is_kept(tmp_path: Path) -> None:
+    folder = begin(tmp_path)
+    assert unfinished(tmp_path, {"tap-20": "abc"}, {"tap-20": {}}) == ["tap-20"]
+    assert (folder / "state.safetensors").exists()
+
+
+def test_a_kill_between_the_results_and_the_tidying_leaves_nothing_behind(tmp_path: Path) -> None:
+    done(tmp_path, "tap-20", "abc")
+    for name in ("state.safetensors", "settings.json", "diverged.json"):
+        (tmp_path / "tap-20.abc" / name).touch()
+    assert unfinished(tmp_path, {"tap-20": "abc"}, {"tap-20": {}}) == []
+    assert sorted(p.name for p in (tmp_path / "tap-20.abc").iterdir()) == [
+        "history.csv",
+        "model.safetensors",
+        "run.json",
+    ]
 
 
 def test_an_unknown_run_is_met_with_those_there_are(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ queries, and speaks of the clips alone: the spread over seeds is reported beside
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,6 +44,42 @@ class Difference:
     def is_within_noise(self) -> bool:
         """Whether the test at 1 - level cannot tell the two runs apart."""
         return self.p_value > 1.0 - self.level
+
+
+@dataclass(frozen=True, slots=True)
+class Pooled:
+    """Runs of one recipe together: `std` is the sample standard deviation over `seeds` (None for one), `low` and
+    `high` are the interval over clips of the seeds' mean.
+    """
+
+    mean: float
+    std: float | None
+    low: float
+    high: float
+    level: float
+    seeds: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SeededDifference:
+    """Recipe `a` against recipe `b`. `by_seed`: the mean of `a - b` of each seed that both have; where they have none
+    in common it is empty, and each is the mean of its own. seeds_a, seeds_b: what was compared.
+    """
+
+    difference: Difference
+    by_seed: Mapping[int, float]
+    seeds_a: tuple[int, ...]
+    seeds_b: tuple[int, ...]
+
+    @property
+    def verdict(self) -> str:
+        """In words, as the test over clips has it; and whether every seed says the same."""
+        d = self.difference
+        if d.is_within_noise:
+            return "within noise"
+        word = "a real difference" if d.mean > 0 else "a real loss"
+        agree = sum(v * d.mean > 0 for v in self.by_seed.values())
+        return word if agree == len(self.by_seed) else f"{word}, but only in {agree} of {len(self.by_seed)} seeds"
 
 
 def bootstrap(
@@ -101,6 +137,58 @@ def paired_difference(
         extreme += int((np.abs(signs @ total) >= seen - slack).sum())
     p = (1 + extreme) / (1 + n_resamples)
     return Difference(float(total.sum() / count.sum()), low, high, level, p)
+
+
+def pooled(
+    by_seed: Mapping[int, npt.ArrayLike],
+    clips: npt.ArrayLike,
+    *,
+    rng: np.random.Generator,
+    n_resamples: int = 10_000,
+    level: float = 0.95,
+) -> Pooled:
+    """The mean of a recipe's runs, with both of its errors. by_seed: seed -> (query,); clips: (query,).
+
+    Raises as `bootstrap` does, and ConfigError for seeds that were not asked the same number of queries.
+    """
+    seeds = tuple(sorted(by_seed))
+    values = _stacked("pooled", by_seed, seeds)
+    i = bootstrap(values, clips, rng=rng, n_resamples=n_resamples, level=level)
+    std = float(values.mean(axis=1).std(ddof=1)) if len(seeds) > 1 else None
+    return Pooled(i.mean, std, i.low, i.high, level, seeds)
+
+
+def paired_by_seed(
+    a: Mapping[int, npt.ArrayLike],
+    b: Mapping[int, npt.ArrayLike],
+    clips: npt.ArrayLike,
+    *,
+    rng: np.random.Generator,
+    n_resamples: int = 10_000,
+    level: float = 0.95,
+) -> SeededDifference:
+    """`paired_difference` of the seeds that both recipes have; of all, where they have none in common.
+
+    a, b: seed -> (query,), the same queries in the same order. A seed that one of them lacks is left out: a mean over
+    three runs against a mean over two would be lucky or unlucky by which run is missing. Raises as `paired_difference`.
+    """
+    shared = tuple(sorted(set(a) & set(b)))
+    seeds_a, seeds_b = shared or tuple(sorted(a)), shared or tuple(sorted(b))
+    x, y = _stacked("a", a, seeds_a), _stacked("b", b, seeds_b)
+    d = paired_difference(x, y, clips, rng=rng, n_resamples=n_resamples, level=level)
+    by_seed = {s: float((p - q).mean()) for s, p, q in zip(shared, x, y, strict=False)}
+    return SeededDifference(d, by_seed, seeds_a, seeds_b)
+
+
+def _stacked(name: str, by_seed: Mapping[int, npt.ArrayLike], seeds: tuple[int, ...]) -> Float:
+    """(seed, query)."""
+    rows = [np.asarray(by_seed[s], np.float64) for s in seeds]
+    if not rows or len({r.shape for r in rows}) > 1 or rows[0].ndim != 1:
+        raise ConfigError(
+            f"{name}: expected at least one seed, each with values (query,) of the same queries, found "
+            f"{ {s: r.shape for s, r in zip(seeds, rows, strict=True)} }."
+        )
+    return np.stack(rows)
 
 
 def _over_seeds(values: npt.ArrayLike) -> Float:

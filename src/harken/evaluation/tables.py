@@ -105,28 +105,35 @@ def _table(gallery: Mapping[str, Any], metrics: Sequence[str]) -> str:
         f"`{gallery['passport']}`",
         "",
     ]
-    lines += [_line(head), _line(["---", *["---:"] * (len(head) - 1)])]
+    lines += head_lines(head)
     for row in rows:
         cells = [row["metrics"].get(d, {}).get(m) for d, m in columns]
         texts = [
-            _text(x, is_best=len(rows) > 1 and x is not None and x["mean"] == best[c])
+            text(x, is_best=len(rows) > 1 and x is not None and x["mean"] == best[c])
             for x, c in zip(cells, columns, strict=True)
         ]
-        lines.append(_line([row["recipe"], str(len(row["seeds"])), *texts]))
+        lines.append(line([row["recipe"], str(len(row["seeds"])), *texts]))
     return "\n".join([*lines, ""])
 
 
-def _text(cell: Mapping[str, Any] | None, *, is_best: bool) -> str:
+def text(cell: Mapping[str, Any] | None, *, is_best: bool = False) -> str:
+    """A cell as it reads in a table: mean, sample standard deviation and interval, as far as it has them."""
     if cell is None:
         return "–"
-    text = f"**{cell['mean']:.1f}**" if is_best else f"{cell['mean']:.1f}"
+    said = f"**{cell['mean']:.1f}**" if is_best else f"{cell['mean']:.1f}"
     if cell["std"] is not None:
-        text += f" ± {cell['std']:.1f}"
+        said += f" ± {cell['std']:.1f}"
     if cell["interval"] is not None:
-        text += f" [{cell['interval'][0]:.1f}, {cell['interval'][1]:.1f}]"
-    return text
+        said += f" [{cell['interval'][0]:.1f}, {cell['interval'][1]:.1f}]"
+    return said
 
 
-def _line(cells: Sequence[str]) -> str:
+def head_lines(cells: Sequence[str]) -> list[str]:
+    """The first two lines of a Markdown table, whose first column is of words and whose others are of numbers."""
+    return [line(cells), line(["---", *["---:"] * (len(cells) - 1)])]
+
+
+def line(cells: Sequence[str]) -> str:
+    """A line of a Markdown table."""
     escaped = [c.replace("|", "\\|") for c in cells]
     return "| " + " | ".join(escaped) + " |"

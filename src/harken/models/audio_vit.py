@@ -53,6 +53,20 @@ def interpolate_positions(
     return torch.cat([positions[:1], square.flatten(2)[0].T.to(positions.dtype)])
 
 
+def time_bins(n_steps: int, n_bins: int) -> list[tuple[int, int]]:
+    """First and end of each of `n_bins` bins of time steps, those of adaptive average pooling.
+
+    61 steps in 4 bins: 0-16, 15-31, 30-46, 45-61, ends excluded; a step that a boundary cuts is in both bins. Raises
+    DataError where there are fewer steps than bins.
+    """
+    if n_steps < n_bins:
+        raise DataError(
+            f"{n_steps} time steps cannot be pooled to {n_bins} bins; give longer FBANKs, a smaller stride or fewer "
+            "segments."
+        )
+    return [(i * n_steps // n_bins, -(-(i + 1) * n_steps // n_bins)) for i in range(n_bins)]
+
+
 class QuickGELU(nn.Module):
     """x * sigmoid(1.702 x): OpenAI's CLIP was trained with it, and nn.GELU in its place changes every embedding."""
 
@@ -61,11 +75,14 @@ class QuickGELU(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention with the parameter names of nn.MultiheadAttention."""
+    """Multi-head self-attention with the parameter names of nn.MultiheadAttention.
 
-    def __init__(self, width: int, heads: int) -> None:
+    `fused` takes torch's kernel, which never holds the (token, token) weights; otherwise they are written out.
+    """
+
+    def __init__(self, width: int, heads: int, fused: bool = True) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.fused = heads, fused
         self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
         self.out_proj = nn.Linear(width, width)
@@ -76,18 +93,31 @@ class SelfAttention(nn.Module):
         n_clips, n_tokens, width = x.shape
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
         q, k, v = qkv.view(n_clips, n_tokens, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=keys)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=keys) if self.fused else _attention(q, k, v, keys)
         out = self.out_proj(out.transpose(1, 2).reshape(n_clips, n_tokens, width))
         return out
+
+
+def _attention(
+    q: Float[Tensor, "clip head token dim"],
+    k: Float[Tensor, "clip head token dim"],
+    v: Float[Tensor, "clip head token dim"],
+    keys: Bool[Tensor, "clip 1 1 token"] | None,
+) -> Float[Tensor, "clip head token dim"]:
+    """softmax(q kᵀ / √d) v over the tokens that `keys` is True on."""
+    logits = q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)
+    if keys is not None:
+        logits = logits.masked_fill(~keys, -torch.inf)
+    return logits.softmax(-1).to(v.dtype) @ v
 
 
 class ResidualBlock(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x))."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, fused: bool = True) -> None:
         super().__init__()
         self.ln_1 = nn.LayerNorm(width)
-        self.attn = SelfAttention(width, heads)
+        self.attn = SelfAttention(width, heads, fused)
         self.ln_2 = nn.LayerNorm(width)
         self.mlp = nn.Sequential(
             OrderedDict(c_fc=nn.Linear(width, 4 * width), gelu=QuickGELU(), c_proj=nn.Linear(4 * width, width))
@@ -99,9 +129,9 @@ class ResidualBlock(nn.Module):
 
 
 class Transformer(nn.Module):
-    def __init__(self, width: int, layers: int, heads: int) -> None:
+    def __init__(self, width: int, layers: int, heads: int, fused: bool = True) -> None:
         super().__init__()
-        self.resblocks = nn.ModuleList(ResidualBlock(width, heads) for _ in range(layers))
+        self.resblocks = nn.ModuleList(ResidualBlock(width, heads, fused) for _ in range(layers))
 
 
 class AudioViT(nn.Module):
@@ -111,6 +141,7 @@ class AudioViT(nn.Module):
     `n_frames` x `n_mels` sets the stored grid of positions (`pos_grid` overrides it, e.g. (7, 7) to hold the image
     tower's own); an input with another number of frames interpolates from it. `stride` is (time, mel). With
     `checkpointing`, training recomputes each block's activations in the backward pass: less memory, a third more time.
+    Without `fused_attention`, attention is written out: the same to rounding, for where torch's kernel will not do.
     """
 
     def __init__(
@@ -126,18 +157,19 @@ class AudioViT(nn.Module):
         n_mels: int = 128,
         pos_grid: tuple[int, int] | None = None,
         checkpointing: bool = False,
+        fused_attention: bool = True,
     ) -> None:
         super().__init__()
         if width % heads:
             raise ConfigError(f"AudioViT: width {width} is not a multiple of heads {heads}.")
         self.patch, self.stride, self.n_frames, self.n_mels = patch, stride, n_frames, n_mels
         self.pos_grid = pos_grid or token_grid(n_frames, n_mels, patch=patch, stride=stride)
-        self.embed_dim, self.checkpointing = embed_dim, checkpointing
+        self.embed_dim, self.checkpointing, self.fused_attention = embed_dim, checkpointing, fused_attention
         self.conv1 = nn.Conv2d(3, width, patch, stride=stride, bias=False)
         self.class_embedding = nn.Parameter(torch.empty(width))
         self.positional_embedding = nn.Parameter(torch.empty(self.pos_grid[0] * self.pos_grid[1] + 1, width))
         self.ln_pre = nn.LayerNorm(width)
-        self.transformer = Transformer(width, layers, heads)
+        self.transformer = Transformer(width, layers, heads, fused_attention)
         self.ln_post = nn.LayerNorm(width)
         self.proj = nn.Parameter(torch.empty(width, embed_dim))
         self._initialise(width, layers)
@@ -163,6 +195,7 @@ class AudioViT(nn.Module):
         stride: tuple[int, int] | None = None,
         heads: int | None = None,
         checkpointing: bool = False,
+        fused_attention: bool = True,
     ) -> AudioViT:
         """An audio tower that starts as CLIP's image tower: every tensor copied, positions interpolated.
 
@@ -198,6 +231,7 @@ class AudioViT(nn.Module):
             n_frames=n_frames,
             n_mels=n_mels,
             checkpointing=checkpointing,
+            fused_attention=fused_attention,
         )
         positions = interpolate_positions(state["positional_embedding"].float(), (side, side), model.pos_grid)
         model.load_state_dict({**state, "positional_embedding": positions})
@@ -212,6 +246,27 @@ class AudioViT(nn.Module):
         touches padding is neither attended to nor marked valid in the result, so the embedding does not depend on the
         padding.
         """
+        x, grid, steps = self._tokens(fbank, mask)
+        x = self.ln_post(x)
+        frames = torch.unflatten(x[:, 1:], 1, grid).mean(2)
+        return AudioFeatures(x[:, 0] @ self.proj, frames @ self.proj, steps)
+
+    def binned(self, fbank: Float[Tensor, "clip frame mel"], n_bins: int) -> Float[Tensor, "clip bin dim"]:
+        """Encode normalised FBANKs as `n_bins` vectors each, of tokens that have all attended to the whole clip.
+
+        The last block's tokens, averaged over mel, then over the steps of each of `time_bins`; then ln_post and proj,
+        which `forward` applies before its average. Nothing is read from CLS.
+        """
+        x, grid, _ = self._tokens(fbank, None)
+        steps = torch.unflatten(x[:, 1:], 1, grid).mean(2)
+        # slices, not adaptive_avg_pool1d: its backward pass on CUDA adds in no fixed order
+        bins = torch.stack([steps[:, first:end].mean(1) for first, end in time_bins(grid[0], n_bins)], dim=1)
+        return self.ln_post(bins) @ self.proj
+
+    def _tokens(
+        self, fbank: Float[Tensor, "clip frame mel"], mask: Bool[Tensor, "clip frame"] | None
+    ) -> tuple[Float[Tensor, "clip token width"], tuple[int, int], Bool[Tensor, "clip time"]]:
+        """The last block's tokens, CLS first, then the (time, mel) grid they lie on, and the valid time steps."""
         n_clips, n_frames, n_mels = fbank.shape
         if n_mels != self.n_mels:
             raise DataError(f"FBANKs have {n_mels} mel bins; this tower was built for {self.n_mels}.")
@@ -228,9 +283,7 @@ class AudioViT(nn.Module):
                 x = checkpoint(block, x, keys, use_reentrant=False)
             else:
                 x = block(x, keys)
-        x = self.ln_post(x)
-        frames = x[:, 1:].unflatten(1, grid).mean(2)
-        return AudioFeatures(x[:, 0] @ self.proj, frames @ self.proj, steps)
+        return x, grid, steps
 
     def _valid(
         self, mask: Tensor | None, n_clips: int, grid: tuple[int, int], device: torch.device

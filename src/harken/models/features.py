@@ -1,8 +1,9 @@
-"""What every audio encoder returns, and the precision that similarities are taken in."""
+"""What every audio encoder returns, which part of a batch it returns, and the precision of similarities."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -21,6 +22,13 @@ class AudioFeatures:
     summary: Float[Tensor, "clip dim"] | None
     frames: Float[Tensor, "clip frame dim"]
     mask: Bool[Tensor, "clip frame"]
+
+
+class Part(NamedTuple):
+    """Which clips of a batch are here, where several processes share one: those from `first` on, of `of` in all."""
+
+    first: int
+    of: int
 
 
 def full(x: Float[Tensor, "*axes"]) -> Float[Tensor, "*axes"]:

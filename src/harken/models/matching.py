@@ -4,6 +4,18 @@ A match is `(audio, images (clip, image, dim), epoch, generator) -> (clip, clip)
 clips, entries plain cosines in float32 at least (the learnable scale is the loss's business). `match.chosen` then holds
 the index of the image each clip was matched with, None where all of them were. Image embeddings are frozen, audio
 carries the gradient.
+
+It has two steps, for batches that are nowhere in one piece: `sides` makes of each clip's audio and images what the
+others need of it, whoever they are, and `similarity` compares any rows of the one with any rows of the other. A block
+of the matrix is thus made by whoever holds its clips:
+
+    match           image side                                  audio side
+    random_image    the unit image drawn, (clip, dim)           unit audio, (clip, dim)
+    nearest_image   the same, or the nearest unit image         the same
+      all_pairs     after warming up all of them, unit each,    the same
+                    (clip, image, dim)
+    multiframe      its images end to end, one unit vector      its segments end to end, one unit vector
+                    (clip, image * dim)                         (clip, image * dim)
 """
 
 from __future__ import annotations
@@ -18,13 +30,17 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from harken.errors import ConfigError, DataError, unknown
-from harken.models.features import full, full_precision
+from harken.models.features import Part, full, full_precision
 
 Audio = Float[Tensor, "clip dim"]
 Images = Float[Tensor, "clip image dim"]
 Either = Float[Tensor, "..."]  # what a match is given: it checks the shape itself, and says what it should be
 Similarity = Float[Tensor, "clip clip"]
 Chosen = Int[Tensor, " clip"]
+ImageSide = Float[Tensor, "row *image dim"]
+AudioSide = Float[Tensor, "column dim"]
+Sides = tuple[Float[Tensor, "clip *image dim"], Float[Tensor, "clip dim"]]
+Block = Float[Tensor, "row column"]
 
 
 @runtime_checkable
@@ -33,17 +49,53 @@ class Match(Protocol):
 
     chosen: Tensor | None
 
+    def sides(
+        self,
+        audio: Either,
+        images: Either,
+        epoch: int,
+        generator: torch.Generator | None = None,
+        part: Part | None = None,
+    ) -> Sides:
+        """The image side and the audio side of these clips, one row a clip, all that `similarity` needs of them.
+
+        `part` says which clips of a shared batch they are: then a draw is made for the whole batch and theirs are
+        taken of it, so that every part chooses, and leaves its generator, as one process with all of the clips does
+        (each in one call: a second one would draw anew).
+
+        Raises DataError for shapes that do not fit, ConfigError without a generator where an image is drawn or where
+        the clips do not lie in their batch.
+        """
+        ...
+
+    def similarity(self, image_side: ImageSide, audio_side: AudioSide) -> Block:
+        """Cosines of the clips of an image side (rows) with those of an audio side, other clips or the same.
+
+        The sides may come from different calls and in different numbers, of one epoch. In float32 at least.
+        """
+        return _cosines(image_side, audio_side)
+
     def __call__(
         self, audio: Either, images: Either, epoch: int, generator: torch.Generator | None = None
-    ) -> Similarity: ...
+    ) -> Similarity:
+        """The whole matrix of a batch that is here in one piece; raises what `sides` does."""
+        return self.similarity(*self.sides(audio, images, epoch, generator))
 
 
-def draw_images(images: Images, generator: torch.Generator | None) -> Chosen:
-    """A uniform image index for every clip. Raises ConfigError without a generator: nothing here is random globally."""
+def draw_images(images: Images, generator: torch.Generator | None, part: Part | None = None) -> Chosen:
+    """A uniform image index for every clip; of a `part`, its slice of the draw for the whole batch.
+
+    Raises ConfigError without a generator, for nothing here is random globally, and where the clips do not lie in
+    their batch.
+    """
     if generator is None:
         raise ConfigError("random images need a generator: call match(audio, images, epoch, generator).")
     n_clips, n_images, _ = images.shape
-    return torch.randint(n_images, (n_clips,), generator=generator, device=generator.device).to(images.device)
+    first, of = part or (0, n_clips)
+    if first < 0 or first + n_clips > of:
+        raise ConfigError(f"random images: {n_clips} clips from {first} on do not lie in a batch of {of}: {part}.")
+    drawn = torch.randint(n_images, (of,), generator=generator, device=generator.device)
+    return drawn[first : first + n_clips].to(images.device)
 
 
 def nearest_images(audio: Audio, images: Images) -> Chosen:
@@ -54,10 +106,25 @@ def nearest_images(audio: Audio, images: Images) -> Chosen:
 
 def pair_similarity(audio: Audio, images: Images, chosen: Chosen) -> Similarity:
     """cos of every clip's chosen image (rows) with every clip's audio (columns)."""
+    return _cosines(*_chosen_sides(audio, images, chosen))
+
+
+def _chosen_sides(audio: Audio, images: Images, chosen: Chosen) -> Sides:
+    """The chosen image of each clip and its audio, both of unit length."""
     picked = images[torch.arange(len(images), device=images.device), chosen]
     with full_precision(audio):
         audio, picked = _units(audio, picked)
-        return picked @ audio.T
+        return picked, audio
+
+
+def _cosines(image_side: ImageSide, audio_side: AudioSide) -> Block:
+    """Products of unit vectors; of a row with several images, the largest."""
+    with full_precision(audio_side):
+        audio_side = full(audio_side)
+        image_side = image_side.to(audio_side.dtype)
+        if image_side.ndim == 2:
+            return image_side @ audio_side.T
+        return torch.einsum("qd,kld->kql", audio_side, image_side).amax(-1)
 
 
 def _units(audio: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -73,21 +140,27 @@ def _check(name: str, audio: Tensor, images: Tensor, ndim: int) -> None:
 
 
 @dataclass
-class RandomImage:
+class RandomImage(Match):
     """One image of each clip, drawn anew at every step (VIP-ANT, Zhao et al. 2022)."""
 
     chosen: Tensor | None = field(default=None, init=False, repr=False)
 
-    def __call__(
-        self, audio: Either, images: Either, epoch: int, generator: torch.Generator | None = None
-    ) -> Similarity:
+    def sides(
+        self,
+        audio: Either,
+        images: Either,
+        epoch: int,
+        generator: torch.Generator | None = None,
+        part: Part | None = None,
+    ) -> Sides:
+        """The drawn image and the audio, unit vectors (clip, dim). See Match.sides."""
         _check("random_image", audio, images, 2)
-        self.chosen = draw_images(images, generator)
-        return pair_similarity(audio, images, self.chosen)
+        self.chosen = draw_images(images, generator, part)
+        return _chosen_sides(audio, images, self.chosen)
 
 
 @dataclass
-class NearestImage:
+class NearestImage(Match):
     """Nearest Match (Tsubaki et al. 2024, eq. 3): random for `n_warmup` epochs, then the image most like the audio.
 
     `epoch` counts from 0. Scope `own_clip`: each clip's nearest image stands for it, as its own positive and as the
@@ -103,22 +176,29 @@ class NearestImage:
         if self.scope not in ("own_clip", "all_pairs"):
             raise unknown("nearest_image: scope", self.scope, ("own_clip", "all_pairs"))
 
-    def __call__(
-        self, audio: Either, images: Either, epoch: int, generator: torch.Generator | None = None
-    ) -> Similarity:
+    def sides(
+        self,
+        audio: Either,
+        images: Either,
+        epoch: int,
+        generator: torch.Generator | None = None,
+        part: Part | None = None,
+    ) -> Sides:
+        """The chosen image, or all of them where every pair chooses, and the audio, unit vectors. See Match.sides."""
         _check("nearest_image", audio, images, 2)
         if epoch < self.n_warmup:
-            self.chosen = draw_images(images, generator)
-            return pair_similarity(audio, images, self.chosen)
+            self.chosen = draw_images(images, generator, part)
+            return _chosen_sides(audio, images, self.chosen)
         self.chosen = nearest_images(audio, images)
         if self.scope == "own_clip":
-            return pair_similarity(audio, images, self.chosen)
+            return _chosen_sides(audio, images, self.chosen)
         with full_precision(audio):
-            return torch.einsum("qd,kld->kql", *_units(audio, images)).amax(-1)
+            audio, images = _units(audio, images)
+            return images, audio
 
 
 @dataclass
-class Multiframe:
+class Multiframe(Match):
     """Multiframe Match (Tsubaki et al. 2024, eq. 4): all images against as many audio segments, flattened.
 
     sim(a, i) = cos(flatten(a_all), flatten(i_all)). `row_norm` L2-normalises each segment and image first, which makes
@@ -128,15 +208,21 @@ class Multiframe:
     row_norm: bool = False
     chosen: Tensor | None = field(default=None, init=False, repr=False)
 
-    def __call__(
-        self, audio: Either, images: Either, epoch: int, generator: torch.Generator | None = None
-    ) -> Similarity:
+    def sides(
+        self,
+        audio: Either,
+        images: Either,
+        epoch: int,
+        generator: torch.Generator | None = None,
+        part: Part | None = None,
+    ) -> Sides:
+        """All images and all segments of a clip end to end, unit vectors (clip, image * dim). See Match.sides."""
         _check("multiframe", audio, images, 3)
         with full_precision(audio):
             if self.row_norm:
                 audio, images = _units(audio, images)
             audio, images = _units(audio.flatten(1), images.flatten(1))
-            return images @ audio.T
+            return images, audio
 
 
 MATCHES: dict[str, Callable[..., Match]] = {

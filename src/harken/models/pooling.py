@@ -11,7 +11,7 @@ from typing import Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from harken.errors import DataError
@@ -42,7 +42,8 @@ def cosine_similarity(text: Texts, pooled: Pooled) -> Float[Tensor, "text clip"]
         return torch.einsum("td,ctd->tc", text, pooled)
 
 
-def _require_frames(mask: Mask) -> None:
+def require_frames(mask: Mask) -> None:
+    """Raises DataError where a clip has no valid frame."""
     if not bool(mask.any(1).all()):
         raise DataError("a clip has no valid frame to pool; leave clips that are padding alone out of the batch.")
 
@@ -56,7 +57,7 @@ class Mean(nn.Module):
         super().__init__()
 
     def forward(self, frames: Frames, mask: Mask, text: Texts) -> Pooled:
-        _require_frames(mask)
+        require_frames(mask)
         # masked_fill, not a product: padding may hold anything, and 0 * nan is nan
         return frames.masked_fill(~mask[..., None], 0).sum(1, keepdim=True) / mask.sum(1)[:, None, None]
 
@@ -70,7 +71,7 @@ class Max(nn.Module):
         super().__init__()
 
     def forward(self, frames: Frames, mask: Mask, text: Texts) -> Pooled:
-        _require_frames(mask)
+        require_frames(mask)
         return frames.masked_fill(~mask[..., None], -torch.inf).amax(1, keepdim=True)
 
 
@@ -88,31 +89,66 @@ class MeanMax(nn.Module):
 
 
 class NetRVLAD(nn.Module):
-    """Residual-less VLAD (Miech et al. 2017), without context gating.
+    """Residual-less VLAD (Miech et al. 2017).
 
         a = softmax_k(BN(f W_c))     v_k = Σ_t a_tk f_t     z = W_h L2(concat_k L2(v_k))
 
-    The batch norm's statistics are those of the valid frames.
+    The batch norm's statistics are those of the valid frames. `gating` multiplies z by σ(BN(z W_g)), their context
+    gating, which the released TensorFlow code has on and PyTorch ports leave out.
     """
 
     is_text_aware = False
 
-    def __init__(self, *, dim: int, n_clusters: int = 16) -> None:
+    def __init__(self, *, dim: int, n_clusters: int = 16, gating: bool = False) -> None:
         super().__init__()
         self.assign = nn.Linear(dim, n_clusters, bias=False)
         self.bn = nn.BatchNorm1d(n_clusters)
         self.out = nn.Linear(n_clusters * dim, dim, bias=False)
         nn.init.normal_(self.assign.weight, std=dim**-0.5)
         nn.init.normal_(self.out.weight, std=dim**-0.5)
+        self.gate: nn.Sequential | None = None
+        if gating:
+            gate = nn.Linear(dim, dim, bias=False)
+            nn.init.normal_(gate.weight, std=dim**-0.5)
+            self.gate = nn.Sequential(gate, nn.BatchNorm1d(dim))
 
     def forward(self, frames: Frames, mask: Mask, text: Texts) -> Pooled:
-        _require_frames(mask)
+        require_frames(mask)
         valid = frames[mask]
         weights = frames.new_zeros(*mask.shape, self.assign.out_features)
         weights[mask] = torch.softmax(self.bn(self.assign(valid)), dim=-1).to(weights.dtype)
         clusters = weights.transpose(1, 2) @ frames.masked_fill(~mask[..., None], 0)
         flat = F.normalize(F.normalize(clusters, dim=-1).flatten(1), dim=-1)
-        return self.out(flat)[:, None]
+        z = self.out(flat)
+        return (z if self.gate is None else z * torch.sigmoid(self.gate(z)))[:, None]
+
+
+class MaxSim(nn.Module):
+    """For each text its best frame, so that s(t, a) = max_t cos(c_t, f_t) (ColBERT, Khattab and Zaharia 2020).
+
+    Of frames that are equally good it takes the first.
+    """
+
+    is_text_aware = True
+
+    def __init__(self, *, dim: int) -> None:
+        super().__init__()
+
+    def forward(self, frames: Frames, mask: Mask, text: Texts) -> Pooled:
+        """Frames as they came, not normalised; `scoring.score_matrix` has the cosines without (clip, text, dim)."""
+        require_frames(mask)
+        best = best_frames(frames, mask, text)[1]
+        return frames.gather(1, best[..., None].expand(-1, -1, frames.shape[-1]))
+
+
+def best_frames(frames: Frames, mask: Mask, text: Texts) -> tuple[Float[Tensor, "clip text"], Int[Tensor, "clip text"]]:
+    """The largest cosine of each text with a valid frame of each clip, and which frame that is."""
+    with full_precision(frames):
+        frames = F.normalize(full(frames).masked_fill(~mask[..., None], 0), dim=-1)
+        # (clip, frame, text), in which the one product and the maximum both run over contiguous memory
+        cosine = (frames.flatten(0, 1) @ F.normalize(full(text), dim=-1).T).view(*mask.shape, -1)
+        best = cosine.masked_fill(~mask[..., None], -torch.inf).max(1)
+        return best.values, best.indices
 
 
 class TextAwareAttention(nn.Module):
@@ -151,7 +187,7 @@ class TextAwareAttention(nn.Module):
     def forward(self, frames: Frames, mask: Mask, text: Texts) -> Pooled:
         """The equations as printed; `scoring.score_matrix` has the same numbers without the (clip, text, dim)."""
         if self.key_mask:
-            _require_frames(mask)
+            require_frames(mask)
             frames = frames.masked_fill(~mask[..., None], 0)
         normed = self.ln_audio(frames)
         k, v = self.key(normed), self.value(normed)
@@ -161,10 +197,36 @@ class TextAwareAttention(nn.Module):
         return self.ln_out(self.out(torch.softmax(logits, dim=-1) @ v))
 
 
+class XPool(nn.Module):
+    """X-Pool's whole block (Gorti et al. 2022), of which TAP is the part up to LN2.
+
+        x = TAP(c_a, c_t), with biases     z = LN3(x + dropout(x W + b))
+
+    One head, as they use. Projections start at the identity where they are square, as theirs do: `dp` of None is `dim`.
+    """
+
+    is_text_aware = True
+
+    def __init__(self, *, dim: int, dp: int | None = None, dropout: float = 0.3, key_mask: bool = True) -> None:
+        super().__init__()
+        self.attention = TextAwareAttention(dim=dim, dp=dim if dp is None else dp, bias=True, key_mask=key_mask)
+        self.fc, self.dropout, self.ln_fc = nn.Linear(dim, dim), nn.Dropout(dropout), nn.LayerNorm(dim)
+        for projection in (m for m in self.modules() if isinstance(m, nn.Linear)):
+            nn.init.zeros_(projection.bias)
+            if projection.in_features == projection.out_features:
+                nn.init.eye_(projection.weight)
+
+    def forward(self, frames: Frames, mask: Mask, text: Texts) -> Pooled:
+        x = self.attention(frames, mask, text)
+        return self.ln_fc(x + self.dropout(self.fc(x)))
+
+
 POOLINGS: dict[str, Callable[..., nn.Module]] = {
     "mean": Mean,
     "max": Max,
     "meanmax": MeanMax,
     "netrvlad": NetRVLAD,
     "tap": TextAwareAttention,
+    "xpool": XPool,
+    "maxsim": MaxSim,
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,42 +11,129 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from harken.errors import ConfigError, unknown
 from harken.models.audio_vit import AudioViT
-from harken.models.features import AudioFeatures
+from harken.models.features import AudioFeatures, full, full_precision
 from harken.models.pooling import cosine_similarity
 from harken.models.scoring import score_matrix
 
 LOGIT_SCALE_INIT = math.log(1 / 0.07)  # VIP-ANT; learnable, not clamped
+DIVISIONS = ("segment", "token_pool", "window")
+AT_POOLS = ("mean", "flatten_repeat", "full_clip")
 PRE_PROJECTION = ("mean", "max", "meanmax")  # pooled on the encoder's frames; the others pool projected frames
 
 
 class AudioTower(nn.Module):
     """Paper B's trainable part: the audio ViT and the logit scale. CLIP's towers stay outside, in their cache.
 
-    `n_segments` > 1 is Multiframe Match's audio side: the FBANK is cut into that many equal stretches, each embedded
-    alone (Tsubaki et al. 2024, section II-C.2).
+    `n_segments` > 1 is Multiframe Match's audio side, one embedding for each image (Tsubaki et al. 2024, section
+    II-C.2, which does not say how). `division` is where they come from:
+
+    - `segment`: the FBANK is cut into as many equal stretches, and each is embedded alone, CLS to proj.
+    - `token_pool`: the whole clip is embedded once; its tokens are averaged over mel and over as many bins of time
+      (`AudioViT.binned`). CLS is not read, so what `full_clip` reads of such a tower nobody has trained.
+    - `window`: as `segment`, but each stretch is centred where its image was taken: `centres`, fractions of the FBANK
+      in [0, 1], which only this division looks at. A window that would stick out is moved inside, so windows overlap
+      and none is padded.
+
+    `at_pool` is how such a tower meets a text, of which there is one (section II-D): see `pooled`. Neither adds a
+    parameter. Raises ConfigError for a name that is not known, and for centres that are not one in [0, 1] a segment.
     """
 
-    def __init__(self, vit: AudioViT, n_segments: int = 1) -> None:
+    def __init__(
+        self,
+        vit: AudioViT,
+        n_segments: int = 1,
+        *,
+        division: str = "segment",
+        centres: Sequence[float] | None = None,
+        at_pool: str = "mean",
+    ) -> None:
         super().__init__()
+        if division not in DIVISIONS:
+            raise unknown("AudioTower: division", division, DIVISIONS)
+        if at_pool not in AT_POOLS:
+            raise unknown("AudioTower: at_pool", at_pool, AT_POOLS)
+        if n_segments < 1:
+            raise ConfigError(f"AudioTower: n_segments is {n_segments}; it must be 1 or more.")
+        if division == "window" and not _are_centres(centres, n_segments):
+            raise ConfigError(
+                f"AudioTower: division 'window' needs centres, {n_segments} fractions of the FBANK in [0, 1], one "
+                f"for each segment; found {centres}. Give the images' times, divided by the FBANK's length."
+            )
         self.vit = vit
-        self.n_segments = n_segments
+        self.n_segments, self.division, self.at_pool = n_segments, division, at_pool
+        self.centres = () if centres is None else tuple(centres)
         self.logit_scale = nn.Parameter(torch.tensor(LOGIT_SCALE_INIT))
 
     def segments(self, fbank: Float[Tensor, "clip frame mel"]) -> Float[Tensor, "clip segment dim"]:
         """One embedding per segment, not normalised; a single segment is the whole clip."""
-        n_clips, n_frames, n_mels = fbank.shape
-        length = n_frames // self.n_segments
-        cut = fbank[:, : length * self.n_segments].reshape(n_clips * self.n_segments, length, n_mels)
-        return self.vit(cut).summary.reshape(n_clips, self.n_segments, -1)
+        if self.division == "token_pool":
+            return self.vit.binned(fbank, self.n_segments)
+        n_frames = fbank.shape[1]
+        length = frames_of_pass(n_frames, self.n_segments, self.division)
+        if self.division == "window":
+            firsts = window_starts(n_frames, length, self.centres)
+        else:
+            firsts = [i * length for i in range(self.n_segments)]
+        cut = torch.stack([fbank[:, i : i + length] for i in firsts], dim=1)
+        return self.vit(cut.flatten(0, 1)).summary.unflatten(0, cut.shape[:2])
 
     def pooled(self, fbank: Float[Tensor, "clip frame mel"]) -> Float[Tensor, "clip dim"]:
-        """One embedding per clip for text: the mean of the normalised segment embeddings (dossier B15)."""
-        return F.normalize(self.segments(fbank), dim=-1).mean(1)
+        """One vector per clip for text, whose product with a unit text is their similarity: see `text_similarity`.
+
+        By `at_pool`, in float32 at least:
+
+        - `mean`: the mean of the normalised segment embeddings, of unit length, so the product is a cosine.
+        - `flatten_repeat`: eq. 4 with the text in the place of every image, cos(flatten(a_all), (t, ..., t)) =
+          t · Σ_l a_l / (√L |flatten(a_all)|) for a unit t. Its length, 1 where all segments are the same and less
+          elsewhere, counts: not to be normalised.
+        - `full_clip`: CLS of the whole clip in one pass, of unit length; positions are interpolated to its grid.
+        """
+        if self.at_pool == "full_clip":
+            whole = self.vit(fbank).summary
+            with full_precision(whole):
+                return F.normalize(full(whole), dim=-1)
+        segments = self.segments(fbank)
+        with full_precision(segments):
+            segments = full(segments)
+            if self.at_pool == "flatten_repeat":
+                return F.normalize(segments.flatten(1), dim=-1).view_as(segments).sum(1) / self.n_segments**0.5
+            return F.normalize(F.normalize(segments, dim=-1).mean(1), dim=-1)
 
     def scaled(self, cosine: Float[Tensor, "row clip"]) -> Float[Tensor, "row clip"]:
         """`exp(logit_scale) * cosine`, in fp32 whatever the autocast mode."""
         return self.logit_scale.float().exp() * cosine.float()
+
+
+def text_similarity(text: Float[Tensor, "row dim"], pooled: Float[Tensor, "clip dim"]) -> Float[Tensor, "row clip"]:
+    """What every text, of any length, is to every clip of `AudioTower.pooled`, in [-1, 1]; float32 at least.
+
+    A cosine, where `pooled` has unit length; where it is shorter, its length counts.
+    """
+    with full_precision(pooled):
+        pooled = full(pooled)
+        return F.normalize(full(text).to(pooled.dtype), dim=-1) @ pooled.T
+
+
+def frames_of_pass(n_frames: int, n_segments: int, division: str) -> int:
+    """How many fbank frames of `n_frames` the ViT sees at once: what to build it for, so that it need not interpolate.
+
+    Those left over where segments do not divide the clip are dropped.
+    """
+    return n_frames if division == "token_pool" else n_frames // n_segments
+
+
+def window_starts(n_frames: int, length: int, centres: Sequence[float]) -> list[int]:
+    """The first fbank frame of windows of `length` around `centres`, fractions of `n_frames`, moved inside the clip.
+
+    1000 frames, windows of 250 and images at both ends and thirds: 0, 208, 542, 750.
+    """
+    return [min(max(round(c * n_frames - length / 2), 0), n_frames - length) for c in centres]
+
+
+def _are_centres(centres: Sequence[float] | None, n: int) -> bool:
+    return centres is not None and len(centres) == n and all(0 <= c <= 1 for c in centres)
 
 
 class TextAudio(nn.Module):

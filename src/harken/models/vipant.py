@@ -62,7 +62,7 @@ STORAGES = {
 }
 TORCH_LEGACY = 0x1950A86A20F9469CFC6C  # the first pickle of a file by torch < 1.6
 STRIDES = (8, 10, 12, 16, 20, 24, 32)  # tried to say which stride a grid of positions may be of
-MOST_ROWS, MOST_LAYERS = 12, 64
+MOST_LAYERS = 64
 
 
 @dataclass(frozen=True)
@@ -130,28 +130,28 @@ def convert(vipant: VipAnt, n_frames: int = 1000, stride: tuple[int, int] = (16,
     return tower | {"logit_scale": torch.tensor(vipant.logit_scale)}
 
 
-def write_run(
-    vipant: VipAnt, folder: Path, like: AudioTower, *, recipe: str, seed: int, dataset: str, vit: Mapping[str, Any]
-) -> None:
+def write_run(vipant: VipAnt, folder: Path, like: AudioTower, told: Mapping[str, Any]) -> None:
     """Write the folder of a finished pretraining run (see training.runs.finish), for fine-tuning and evaluation.
 
-    `vit` is the preset's `pretrain.vit`, `like` the tower that the preset would train, and `dataset` the one whose test
-    clips the run is measured on. What nobody knows of the run, such as its steps, is null, and its curve is empty;
-    `imported` holds the checkpoint's facts. Raises DataError where the tower is of another size than `like`.
+    `told` is what run.json is to say, its `vit` among it; `like` is the tower that the preset would train. What nobody
+    knows of the run, such as its steps, is null, and its curve is empty; `imported` holds the checkpoint's facts.
+    Raises DataError where the tower is of another size than `like`.
     """
+    vit = told["vit"]
     state, where = convert(vipant, vit["n_frames"], tuple(vit["stride"])), vipant.facts["file"]
     found, expected = ({k: tuple(t.shape) for k, t in s.items()} for s in (state, like.state_dict()))
     if found != expected:
-        raise DataError(f"{where}: its tower is not of the size of this preset's CLIP:\n{_table(found, expected)}")
+        raise DataError(
+            f"{where}: its tower is not of the size of this preset's CLIP:\n{weights.shape_table(found, expected)}"
+        )
     if (heads := like.vit.get_submodule("transformer.resblocks.0.attn").heads) != vipant.facts["heads"]:
         raise DataError(f"{where}: its tower has {vipant.facts['heads']} heads, this preset's CLIP has {heads}.")
-    unknown = dict.fromkeys(("n_train", "n_val", "n_held_out", "n_left_out"))
-    told = {"recipe": recipe, "seed": seed, "n_segments": 1, "vit": dict(vit), "dataset": dataset, **unknown}
-    told["imported"] = dict(vipant.facts)
-    weights.save(folder / "model.safetensors", state, told)
+    facts = dict(told) | dict.fromkeys(("n_train", "n_val", "n_held_out", "n_left_out"))
+    facts["imported"] = dict(vipant.facts)
+    weights.save(folder / "model.safetensors", state, facts)
     with atomic(folder / "history.csv") as f:
         f.write(b"epoch\n")
-    write_json(folder / "run.json", told | dict.fromkeys(("steps", "best_epoch", "best_score")))
+    write_json(folder / "run.json", facts | dict.fromkeys(("steps", "best_epoch", "best_score")))
 
 
 def _theirs(name: str) -> str:
@@ -216,20 +216,12 @@ def _check_shapes(path: Path, found: Mapping[str, tuple[int, ...]]) -> tuple[lis
     if found != expected:
         raise DataError(
             f"{path}: its audio head is not the vision transformer that harken has, here of width {width} with "
-            f"{layers} layers:\n{_table(found, expected)}"
+            f"{layers} layers:\n{weights.shape_table(found, expected)}"
         )
     if width % CLIP_HEAD_WIDTH:
         raise DataError(f"{path}: width {width} is no multiple of {CLIP_HEAD_WIDTH}, the width of a head in VIP-ANT.")
     shape = {"width": width, "layers": layers, "heads": width // CLIP_HEAD_WIDTH, "patch": patch, "embed_dim": dim}
     return list(like), shape | {"in_channels": conv[1], "positions": rows}
-
-
-def _table(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> str:
-    """The keys whose shapes differ, a line each, the first of them."""
-    wrong = sorted(k for k in expected.keys() | found.keys() if found.get(k) != expected.get(k))
-    rows = [("key", "found", "expected"), *((k, found.get(k, "none"), expected.get(k, "none")) for k in wrong)]
-    lines = [f"  {k:<44} {a!s:<20} {b!s}" for k, a, b in rows[: MOST_ROWS + 1]]
-    return "\n".join(lines) + (f"\n  and {len(wrong) - MOST_ROWS} more" if len(wrong) > MOST_ROWS else "")
 
 
 class _Inert:

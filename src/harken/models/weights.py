@@ -25,6 +25,7 @@ from harken.shards import atomic, file_sha256
 
 FORMAT = "harken"
 CHUNK = 1 << 20
+MOST_ROWS = 12  # of a table in a message
 
 
 def save(path: Path, state: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
@@ -63,7 +64,19 @@ def _load_strictly(model: nn.Module, state: Mapping[str, Tensor], path: Path) ->
     try:
         model.load_state_dict(state)
     except RuntimeError as e:
-        raise DataError(f"{path}: does not fit {type(model).__name__}: {e}") from None
+        found, expected = ({k: tuple(t.shape) for k, t in s.items()} for s in (state, model.state_dict()))
+        why = f"\n{shape_table(found, expected)}" if found != expected else f" {e}"
+        raise DataError(
+            f"{path}: does not fit {type(model).__name__}; it is of another architecture or size:{why}"
+        ) from None
+
+
+def shape_table(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> str:
+    """The keys whose shapes differ, a line each, the first of them."""
+    wrong = sorted(k for k in expected.keys() | found.keys() if found.get(k) != expected.get(k))
+    rows = [("key", "found", "expected"), *((k, found.get(k, "none"), expected.get(k, "none")) for k in wrong)]
+    lines = [f"  {k:<44} {a!s:<20} {b!s}" for k, a, b in rows[: MOST_ROWS + 1]]
+    return "\n".join(lines) + (f"\n  and {len(wrong) - MOST_ROWS} more" if len(wrong) > MOST_ROWS else "")
 
 
 def load_panns(model: nn.Module, path: Path) -> None:

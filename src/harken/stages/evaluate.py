@@ -20,34 +20,55 @@ import torch
 from harken.clips import Manifest, Split
 from harken.config import Config, Paths, parse
 from harken.engines import Map
-from harken.evaluation import metrics, protocols, significance
+from harken.evaluation import agreement, metrics, protocols, significance
 from harken.evaluation.passports import Passport
-from harken.models.towers import AudioTower
+from harken.models.matching import nearest_images
+from harken.models.towers import AudioTower, text_similarity
 from harken.progress import track
 from harken.search import index
 from harken.shards import atomic, code_version, digest_of, file_sha256, fingerprint, publish, read_table, write_json
-from harken.stages.pretrain import VitConfig, build_tower, fbank_input
+from harken.stages.pretrain import FRAME_SHIFT_S, AtPool, SideConfig, VitConfig, build_tower, fbank_input, split_ids
 from harken.stages.train import ModelConfig, build_model
 from harken.training.batches import Features
 from harken.training.data import CaptionEmbeddings, ImageEmbeddings, captions_of
 from harken.training.loop import fold
 from harken.training.runs import device, devices, load_model, runs_in
-from harken.training.tasks import Captions, FbankInput, TextToAudio, cosine_matrix, embed_clips
+from harken.training.tasks import Captions, FbankInput, TextToAudio, embed_clips
 from harken.world.truth import Truth
 
 log = logging.getLogger("harken")
-CODE = ("stages/evaluate.py", "evaluation", "training", "models", "search")
+CODE = (
+    "stages/evaluate.py",
+    "evaluation",
+    "training",
+    "models",
+    "search",
+    "world/truth.py",
+    "world/records.py",
+    "media/images.py",
+)
 STAGES = ("pretrain", "finetune", "train")
+TABLES = ("ranks.parquet", "planted.parquet")
+PLANTED = {
+    "clip_id": pa.string(),
+    "chosen": pa.int32(),
+    "is_right": pa.bool_(),
+    "share_right": pa.float64(),
+    "is_hard": pa.bool_(),
+}
 
 
 class EvaluateConfig(Config):
-    """`zero_shot` names the captioned datasets that pretrained towers meet before fine-tuning; `ks` the k of R@k."""
+    """`zero_shot` names the captioned datasets that pretrained towers meet before fine-tuning, where they have several
+    segments by `at_pool` (see FinetuneRecipe); `ks` the k of R@k.
+    """
 
     ks: list[int]
     n_resamples: int
     level: float
     images: list[Literal["mid", "max", "mean", "flatten"]]
     zero_shot: list[str]
+    at_pool: AtPool
 
 
 class Job(Config):
@@ -57,7 +78,9 @@ class Job(Config):
 
 
 def run(paths: Paths, cfg: EvaluateConfig, map: Map) -> None:
-    """Fill `paths.evaluations`: results.json, ranks.parquet, planted.json (if truth is planted) and search indices."""
+    """Fill `paths.evaluations`: results.json, ranks.parquet and search indices; where truth is planted also
+    planted.parquet and image_times.json.
+    """
     folders = dict(zip(STAGES, (paths.pretrained, paths.finetuned, paths.trained), strict=True))
     runs = {f"{s}/{r['run']}": r for s in STAGES for r in runs_in(folders[s])}
     data = [digest_of(paths.features), digest_of(paths.embeddings), file_sha256(paths.manifest / "clips.parquet")]
@@ -65,6 +88,7 @@ def run(paths: Paths, cfg: EvaluateConfig, map: Map) -> None:
         file_sha256(paths.embeddings / "captions.parquet"),
         file_sha256(paths.stats / "stats.json"),
         code_version(CODE),
+        file_sha256(truth) if (truth := paths.lists / "truth.json").is_file() else "no truth",
     ]
     marks = {}
     for name, told in runs.items():
@@ -80,15 +104,15 @@ def run(paths: Paths, cfg: EvaluateConfig, map: Map) -> None:
         pass
     done = [_folder(work, n, marks[n]) for n in runs]
     write_json(work / "results.json", [r for f in done for r in json.loads((f / "results.json").read_text())])
-    planted = {
-        n: json.loads(p.read_text()) for n, f in zip(runs, done, strict=True) if (p := f / "planted.json").is_file()
-    }
-    write_json(work / "planted.json", planted)
-    tables = [pq.read_table(f / "ranks.parquet") for f in done]
-    if tables:
-        with atomic(work / "ranks.parquet") as f:
-            pq.write_table(pa.concat_tables(tables), f, compression="zstd", write_statistics=False)
-    names = {n: n for n in ("results.json", "planted.json", "ranks.parquet") if (work / n).is_file()}
+    for name in TABLES:
+        (work / name).unlink(missing_ok=True)
+        if tables := [pq.read_table(f / name) for f in done if (f / name).is_file()]:
+            with atomic(work / name) as f:
+                pq.write_table(pa.concat_tables(tables), f, compression="zstd", write_statistics=False)
+    names = {n: n for n in ("results.json", *TABLES) if (work / n).is_file()}
+    if truth.is_file() and (pretrained := [r for n, r in runs.items() if n.startswith("pretrain/")]):
+        write_json(work / "image_times.json", _image_times(paths, truth, pretrained[0]["vit"]["n_frames"]))
+        names["image_times.json"] = "image_times.json"
     names |= {f"index/{n}": f"{f.name}/index" for n, f in zip(runs, done, strict=True) if (f / "index").is_dir()}
     publish(work, paths.evaluations, names)
 
@@ -170,7 +194,8 @@ def evaluate_run(job: Job, name: str) -> str:
             _text_to_audio(paths, run_name, told, manifest, sheet)
         else:
             vit = parse(f"{name}: vit", VitConfig, told["vit"])
-            tower = build_tower(paths, vit, told["n_segments"], told["seed"])
+            side = parse(f"{name}: side", SideConfig, told["side"])
+            tower = build_tower(paths, vit, side, told["seed"], at_pool=told.get("at_pool", cfg.at_pool))
             load_model(source, run_name, tower)
             tower.to(device())
             read = fbank_input(paths, vit, None)
@@ -199,53 +224,52 @@ def _audio_image(
     images, dataset = ImageEmbeddings(paths.embeddings), told["dataset"]
     listed = manifest.of(dataset, Split.TEST)["clip_id"].to_pylist()
     ids = [i for i in listed if i in images and i in read.features]
-    audio, pictures = embed_clips(tower, read, ids, pooled=False).numpy(), images.of(ids).numpy()
+    audio, pictures = embed_clips(tower.segments, read, ids).numpy(), images.of(ids).numpy()
     passport = Passport.of(dataset, "test", dict.fromkeys(ids, ()), len(listed))
     for protocol in sheet.cfg.images:
         sim = protocols.PROTOCOLS[protocol](audio if tower.n_segments > 1 else audio[:, 0], pictures)
         tasks = {"a2i": protocols.audio_to_image(sim), "i2a": protocols.image_to_audio(sim)}
         sheet.add(f"{told['recipe']} ({protocol})", passport, ids, tasks)
-    if tower.n_segments == 1 and (paths.lists / "truth.json").is_file():
-        train = [
-            i for i in manifest.of(dataset, Split.TRAIN)["clip_id"].to_pylist() if i in images and i in read.features
-        ]
-        write_json(
-            folder / "planted.json", planted(paths, train, embed_clips(tower, read, train, pooled=False)[:, 0], images)
-        )
+    if tower.n_segments == 1 and (truth := paths.lists / "truth.json").is_file():
+        train = _trained_on(paths, images)
+        chosen = nearest_images(embed_clips(tower.segments, read, train)[:, 0], images.of(train))
+        _write_planted(paths, truth, dict(zip(train, chosen.tolist(), strict=True)), told, folder)
 
 
-def planted(paths: Paths, ids: Sequence[str], audio: torch.Tensor, images: ImageEmbeddings) -> dict[str, float]:
-    """How often the nearest image is a planted one, whose object sounds in the clip: over all clips that have one, and
-    over the hard ones, where some image shows another object or none.
+def _write_planted(paths: Paths, truth: Path, chosen: dict[str, int], told: dict[str, Any], folder: Path) -> None:
+    """planted.parquet: for every training clip that has a right image, what its nearest one is worth.
+
+    Multiframe Match has no row here: it chooses no image, but trains on all of a clip's.
     """
-    truth = Truth.read(paths.lists / "truth.json")
-    times = dict(_image_times(paths))
-    pictures = images.of(ids)
-    cosine = torch.einsum(
-        "cd,cld->cl", torch.nn.functional.normalize(audio, dim=-1), torch.nn.functional.normalize(pictures, dim=-1)
-    )
-    flags = [[bool(truth.image_is_right(i, t)) for t in times[i]] for i in ids]
-    seen = [
-        (f[best], sum(f) / len(f), all(f)) for f, best in zip(flags, cosine.argmax(1).tolist(), strict=True) if any(f)
-    ]
-    hard = [s for s in seen if not s[2]]
-
-    def percent(part: list[tuple[bool, float, bool]], k: int) -> float:
-        return 100 * sum(s[k] for s in part) / max(len(part), 1)
-
-    return {
-        "n_clips": len(seen),
-        "chosen_right": percent(seen, 0),
-        "random_right": percent(seen, 1),
-        "n_hard": len(hard),
-        "chosen_right_hard": percent(hard, 0),
-        "random_right_hard": percent(hard, 1),
+    found = agreement.outcomes(Truth.read(truth), _taken(paths), chosen)
+    columns: dict[str, Any] = {
+        "stage": pa.array(["pretrain"] * len(found), pa.string()),
+        "recipe": pa.array([told["recipe"]] * len(found), pa.string()),
+        "seed": pa.array([told["seed"]] * len(found), pa.int64()),
     }
+    for name, kind in PLANTED.items():
+        columns[name] = pa.array([getattr(o, name) for o in found], kind)
+    with atomic(folder / "planted.parquet") as f:
+        pq.write_table(pa.table(columns), f)
 
 
-def _image_times(paths: Paths) -> list[tuple[str, list[float]]]:
+def _image_times(paths: Paths, truth: Path, n_frames: int) -> dict[str, Any]:
+    """What the rules for when to take images are worth on the clips that are trained on."""
+    taken = _taken(paths)
+    ids = _trained_on(paths, ImageEmbeddings(paths.embeddings))
+    n_images = max((len(taken[i]) for i in ids), default=1)
+    segment_s = n_frames / n_images * FRAME_SHIFT_S
+    return agreement.image_times_report(Truth.read(truth), {i: taken[i] for i in ids}, segment_s)
+
+
+def _trained_on(paths: Paths, images: ImageEmbeddings) -> list[str]:
+    return [i for i in split_ids(paths)[0] if i in images]
+
+
+def _taken(paths: Paths) -> dict[str, list[float]]:
+    """When each clip's images were taken, in seconds from its start."""
     table = read_table(paths.features, ["image_times_s"])
-    return list(zip(table["clip_id"].to_pylist(), table["image_times_s"].to_pylist(), strict=True))
+    return dict(zip(table["clip_id"].to_pylist(), table["image_times_s"].to_pylist(), strict=True))
 
 
 def _audio_text(
@@ -260,9 +284,10 @@ def _audio_text(
 ) -> None:
     captions = captions_of(manifest, dataset, Split.TEST, read.features, paths.features)
     texts = CaptionEmbeddings(paths.embeddings).of(captions, dataset, Split.TEST)
-    audio = embed_clips(tower, read, captions.clip_ids, pooled=True)
-    _add_texts(sheet, row, dataset, manifest, captions, cosine_matrix(texts, audio).numpy())
-    if folder is not None:
+    audio = embed_clips(tower.pooled, read, captions.clip_ids)
+    _add_texts(sheet, row, dataset, manifest, captions, text_similarity(texts, audio).numpy())
+    # an index holds unit vectors, and of these the length counts: such a tower is measured, but not searched with
+    if folder is not None and tower.at_pool != "flatten_repeat":
         told = pa.array([[captions.texts[i] for i in of] for of in captions.of], pa.list_(pa.string()))
         index.build(captions.clip_ids, audio.numpy(), pa.table({"captions": told})).save(folder / "index")
 

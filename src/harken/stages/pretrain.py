@@ -6,34 +6,54 @@ The training clips are those that `stats` was computed on: one split less the he
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
+import numpy as np
 import torch
+from pydantic import Field
 
 from harken.clips import Manifest, Split
-from harken.config import Config, Paths
+from harken.config import Config, Paths, parse
 from harken.engines import Map
-from harken.errors import DataError
+from harken.errors import ConfigError, DataError
 from harken.evaluation.metrics import retrieval_metrics
 from harken.evaluation.protocols import PROTOCOLS
 from harken.media.quality import flagged
 from harken.models.audio_vit import AudioViT
 from harken.models.matching import MATCHES
-from harken.models.towers import AudioTower
+from harken.models.towers import AudioTower, frames_of_pass
+from harken.models.vipant import read_vipant, write_run
 from harken.progress import track
-from harken.shards import code_version, digest_of, file_sha256, fingerprint
+from harken.shards import code_version, digest_of, file_sha256, fingerprint, read_table, shard_path, shards_in
 from harken.stages.stats import training_ids
 from harken.stages.weights import load_visual
 from harken.training.batches import Features, Order, ShardOrder
+from harken.training.compute import ComputeConfig, Encode, peak_flops, prepare, training_flops
+from harken.training.curves import curves
 from harken.training.data import ImageEmbeddings, read_stats
+from harken.training.distributed import group, joined, parallel
 from harken.training.loop import Plan, fit
 from harken.training.optim import OptimizerConfig, build
-from harken.training.runs import device, devices, finish, folder_of, publish_runs, run_name, seeds_times, unfinished
+from harken.training.runs import (
+    SETTINGS,
+    device,
+    devices,
+    finish,
+    folder_of,
+    publish_runs,
+    run_name,
+    seeds_times,
+    unfinished,
+)
 from harken.training.tasks import AudioImage, AugmentConfig, FbankInput
 
 log = logging.getLogger("harken")
+FRAME_SHIFT_S = 0.01  # of an fbank frame
+Division = Literal["segment", "window", "token_pool"]
+AtPool = Literal["mean", "flatten_repeat", "full_clip"]
 CODE = (
     "stages/pretrain.py",
     "media/quality.py",
@@ -59,13 +79,28 @@ class NearestImage(Config):
 
 
 class Multiframe(Config):
-    """Multiframe Match: all images against as many audio segments."""
+    """Multiframe Match: all images, each against its share of the audio. `division` says what a share is: a `segment`
+    of the clip embedded alone, a `window` round the image's time embedded alone, or a stretch of the whole clip's
+    tokens (`token_pool`).
+    """
 
     match: Literal["multiframe"]
+    division: Division
     row_norm: bool
 
 
-Recipe = RandomImage | NearestImage | Multiframe
+class Imported(Config):
+    """No training: VIP-ANT's own audio tower, from its checkpoint at this path (see models.vipant).
+
+    It heard FBANK at each recording's own rate, normalised by mean -4.93839311 and deviation 5.75751113; with other
+    features (`extract.sample_rate_hz`, `stats`) it hears something else than it was trained on.
+    """
+
+    match: Literal["imported"]
+    checkpoint: Path
+
+
+Recipe = Annotated[RandomImage | NearestImage | Multiframe | Imported, Field(discriminator="match")]
 
 
 class VitConfig(Config):
@@ -73,7 +108,20 @@ class VitConfig(Config):
 
     n_frames: int
     stride: tuple[int, int]
-    checkpointing: bool
+
+
+class SideConfig(Config):
+    """What meets the images: one embedding of the whole clip, or `n_segments` of them; kept in a run's run.json.
+
+    `centres`, as shares of the clip, are where windows lie.
+    """
+
+    n_segments: int
+    division: Division
+    centres: list[float] | None
+
+
+WHOLE = SideConfig(n_segments=1, division="segment", centres=None)
 
 
 class PretrainConfig(Config):
@@ -84,8 +132,10 @@ class PretrainConfig(Config):
     """
 
     vit: VitConfig
+    compute: ComputeConfig
     augment: AugmentConfig
     batch: int
+    drop_last: bool
     shards_at_once: int | None
     epochs: int
     optimizer: OptimizerConfig
@@ -103,19 +153,48 @@ class Job(Config):
 
 
 def run(paths: Paths, cfg: PretrainConfig, map: Map) -> None:
-    """Fill `paths.pretrained` with one folder per run."""
+    """Fill `paths.pretrained` with one folder per run.
+
+    Raises DataError where a run was begun under other settings (see training.runs.unfinished).
+    """
     work = paths.work / "pretrain"
+    with joined(device()) as group:
+        items, marks = group.told(partial(_todo, paths, cfg, work))
+        job = Job(paths=paths, pretrain=cfg, marks=marks)
+        for _ in track(map(trainer, job, items, devices=devices()), len(items), "pretrain: runs"):
+            pass
+        if group.is_first:
+            publish_runs(work, paths.pretrained, marks)
+
+
+def _todo(paths: Paths, cfg: PretrainConfig, work: Path) -> tuple[list[tuple[str, str, int]], dict[str, str]]:
+    """The runs that are left, each with its recipe and seed, and the fingerprint of every run."""
+    check_shards(paths, paths.features, paths.embeddings)
     runs = {run_name(r, s): (r, s) for r, s in seeds_times(cfg.recipes, cfg.seeds)}
-    shared = cfg.model_dump(exclude={"recipes", "seeds", "checkpoint_every"})
-    data = [digest_of(paths.features), digest_of(paths.embeddings), file_sha256(paths.stats / "stats.json")]
-    data += [file_sha256(paths.weights / "weights.json"), code_version(CODE)]
-    marks = {n: fingerprint(shared, cfg.recipes[r].model_dump(), s, data) for n, (r, s) in runs.items()}
-    todo = unfinished(work, marks)
-    job = Job(paths=paths, pretrain=cfg, marks=marks)
-    items = [(name, *runs[name]) for name in todo]
-    for _ in track(map(trainer, job, items, devices=devices()), len(items), "pretrain: runs"):
-        pass
-    publish_runs(work, paths.pretrained, marks)
+    shared = cfg.model_dump(mode="json", exclude={"recipes", "seeds", "checkpoint_every"})
+    data = {
+        "features": digest_of(paths.features),
+        "embeddings": digest_of(paths.embeddings),
+        "stats": file_sha256(paths.stats / "stats.json"),
+        "weights": file_sha256(paths.weights / "weights.json"),
+    }
+    code = code_version(CODE)
+    settings = {}
+    for name, (recipe, seed) in runs.items():
+        own = cfg.recipes[recipe].model_dump(mode="json")
+        own_data = data | _checkpoint_sha256(cfg.recipes[recipe])
+        settings[name] = {"pretrain": shared, "recipe": own, "seed": seed, "data": own_data, "code": code}
+    marks = {name: fingerprint(s) for name, s in settings.items()}
+    return [(name, *runs[name]) for name in unfinished(work, marks, settings)], marks
+
+
+def _checkpoint_sha256(recipe: Recipe) -> dict[str, str]:
+    """The hash of the checkpoint that a recipe imports, if it does."""
+    if not isinstance(recipe, Imported):
+        return {}
+    if not recipe.checkpoint.is_file():
+        raise DataError(f"{recipe.checkpoint}: no such checkpoint. Correct the path in params.yaml: pretrain.recipes.")
+    return {"checkpoint": file_sha256(recipe.checkpoint)}
 
 
 def trainer(job: Job) -> Callable[[tuple[str, str, int]], str]:
@@ -123,9 +202,14 @@ def trainer(job: Job) -> Callable[[tuple[str, str, int]], str]:
 
 
 def train_one(job: Job, item: tuple[str, str, int]) -> str:
-    """Train one run to its end, from its checkpoint if it has one."""
+    """Train one run to its end, from its checkpoint if it has one; several processes train it together."""
     name, recipe, seed = item
     paths, cfg = job.paths, job.pretrain
+    settings, folder = cfg.recipes[recipe], folder_of(paths.work / "pretrain", name, job.marks[name])
+    if isinstance(settings, Imported):
+        if group().is_first:
+            _take_in(paths, cfg, settings, folder, recipe, seed)
+        return name
     train, val, facts = split_ids(paths)
     images = ImageEmbeddings(paths.embeddings)
     train, val = [c for c in train if c in images], [c for c in val if c in images]
@@ -133,15 +217,18 @@ def train_one(job: Job, item: tuple[str, str, int]) -> str:
         raise DataError(
             f"{paths.embeddings}: {len(train)} training and {len(val)} validation clips have images; need some of both."
         )
-    settings = cfg.recipes[recipe]
-    n_segments = int(images.of(train[:1]).shape[1]) if isinstance(settings, Multiframe) else 1
-    tower = build_tower(paths, cfg.vit, n_segments, seed).to(device())
+    side = WHOLE
+    if isinstance(settings, Multiframe):
+        side = _side(settings, int(images.of(train[:1]).shape[1]), paths, cfg.vit, train)
+    prepare(cfg.compute)
+    tower = build_tower(paths, cfg.vit, side, seed, compute=cfg.compute).to(device())
     # a clip that is turned round no longer has its segments where its images are
-    augment = cfg.augment.model_copy(update={"roll": cfg.augment.roll and n_segments == 1})
+    augment = cfg.augment.model_copy(update={"roll": cfg.augment.roll and side.n_segments == 1})
     read = fbank_input(paths, cfg.vit, augment)
-    match = MATCHES[settings.match](**settings.model_dump(exclude={"match"}))
+    match = MATCHES[settings.match](**settings.model_dump(exclude={"match", "division"}))
     task = AudioImage(
         tower,
+        parallel(Encode(tower, "segments", cfg.compute)),
         match,
         read,
         train,
@@ -151,18 +238,49 @@ def train_one(job: Job, item: tuple[str, str, int]) -> str:
         PROTOCOLS[cfg.val_images],
         partial(retrieval_metrics, ks=(1,)),
     )
-    order: Order | ShardOrder = Order(len(train), cfg.batch, seed)
-    if cfg.shards_at_once is not None:
-        of_clip = read.features.shards(read.features.numbers(train))
-        order = ShardOrder(of_clip, cfg.shards_at_once, cfg.batch, seed)
+    order = _order(cfg, seed, read.features, train)
     optimizer, factor = build(cfg.optimizer, tower, cfg.batch, order.steps_per_epoch, cfg.epochs)
-    plan = Plan(cfg.epochs, seed, factor, None, cfg.checkpoint_every, cfg.select)
-    folder = folder_of(paths.work / "pretrain", name, job.marks[name])
-    state = fit(task, optimizer, order, plan, folder, f"pretrain {name}")
-    told = {"recipe": recipe, "seed": seed, "n_segments": n_segments, "vit": cfg.vit.model_dump()}
+    speed = {"flops": training_flops(tower, cfg.vit.n_frames), "peak": peak_flops(device(), cfg.compute)}
+    plan = Plan(cfg.epochs, seed, factor, None, cfg.checkpoint_every, cfg.select, **speed)
+    state = fit(task, optimizer, order, plan, folder, f"pretrain {name}", watch=curves(folder))
+    told = {"recipe": recipe, "seed": seed, "side": side.model_dump(), "vit": cfg.vit.model_dump()}
     told |= {"n_train": len(train), "n_val": len(val), **facts}
-    finish(folder, tower, state, told)
+    if group().is_first:
+        finish(folder, tower, state, told)
     return name
+
+
+def _order(cfg: PretrainConfig, seed: int, features: Features, train: Sequence[str]) -> Order | ShardOrder:
+    together = {"rank": group().rank, "world": group().size}
+    if cfg.shards_at_once is None:
+        return Order(len(train), cfg.batch, seed, cfg.drop_last, **together)
+    of_clip = features.shards(features.numbers(train))
+    return ShardOrder(of_clip, cfg.shards_at_once, cfg.batch, seed, cfg.drop_last, **together)
+
+
+def _side(recipe: Multiframe, n_images: int, paths: Paths, vit: VitConfig, train: Sequence[str]) -> SideConfig:
+    """Multiframe's audio side: as many embeddings as a clip has images; windows lie where most clips' images do."""
+    if n_images < 2:
+        raise ConfigError(
+            "params.yaml: pretrain.recipes: multiframe needs two images a clip or more, and extract.n_images is "
+            f"{n_images}. With one image it would be random_image: take that."
+        )
+    centres = None
+    if recipe.division == "window":
+        table, wanted = read_table(paths.features, ["image_times_s"]), set(train)
+        rows = zip(table["clip_id"].to_pylist(), table["image_times_s"].to_pylist(), strict=True)
+        times = np.array([t for i, t in rows if i in wanted])
+        duration_s = vit.n_frames * FRAME_SHIFT_S
+        centres = (np.median(times, axis=0) / duration_s).clip(0, 1).tolist()
+    return SideConfig(n_segments=n_images, division=recipe.division, centres=centres)
+
+
+def _take_in(paths: Paths, cfg: PretrainConfig, recipe: Imported, folder: Path, name: str, seed: int) -> None:
+    """The run of a checkpoint from elsewhere."""
+    found, like = read_vipant(recipe.checkpoint), build_tower(paths, cfg.vit, WHOLE, seed)
+    told = {"recipe": name, "seed": seed, "side": WHOLE.model_dump(), "vit": cfg.vit.model_dump()}
+    write_run(found, folder, like, told | {"dataset": str(read_stats(paths.stats)["dataset"])})
+    (folder / SETTINGS).unlink(missing_ok=True)  # as `finish` does: it is of no use to a run that is done
 
 
 def split_ids(paths: Paths) -> tuple[list[str], list[str], Mapping[str, Any]]:
@@ -179,18 +297,53 @@ def split_ids(paths: Paths) -> tuple[list[str], list[str], Mapping[str, Any]]:
     return [i for i in kept if i in features and i not in doubtful], val, told
 
 
-def build_tower(paths: Paths, cfg: VitConfig, n_segments: int, seed: int) -> AudioTower:
+def tower_of(told: Mapping[str, Any], where: str, stage: str) -> tuple[VitConfig, SideConfig]:
+    """What the run.json of a run of `stage` says of its tower: what `build_tower` is to be given.
+
+    Raises DataError where a harken before Multiframe's divisions wrote it.
+    """
+    if lacking := [key for key in ("vit", "side") if key not in told]:
+        raise DataError(
+            f"{where}: an older harken wrote it; it does not say {' and '.join(lacking)}, so nobody knows what tower "
+            f"its weights are of. Run `dvc repro {stage}` again."
+        )
+    return parse(f"{where}: vit", VitConfig, told["vit"]), parse(f"{where}: side", SideConfig, told["side"])
+
+
+def check_shards(paths: Paths, *folders: Path) -> None:
+    """Raises DataError where a folder lacks a shard of the manifest: its clips would be missed by nobody."""
+    wanted = Manifest.read(paths.manifest).shards
+    for folder in folders:
+        there = set(shards_in(folder))
+        if lacking := [s for s in wanted if s not in there]:
+            more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
+            raise DataError(
+                f"{shard_path(folder, lacking[0])}{more}: missing; the manifest names {len(wanted)} shards. Bring it "
+                f"back with `dvc checkout {folder}`, or delete {folder} and run `dvc repro`."
+            )
+
+
+def build_tower(
+    paths: Paths,
+    cfg: VitConfig,
+    side: SideConfig,
+    seed: int,
+    *,
+    compute: ComputeConfig | None = None,
+    at_pool: AtPool = "mean",
+) -> AudioTower:
     """The audio tower at its start: CLIP's image tower, positions interpolated to the FBANK's grid."""
     torch.manual_seed(seed)
     visual, heads = load_visual(paths.weights)
     vit = AudioViT.from_clip(
         visual,
-        n_frames=cfg.n_frames // n_segments,
+        n_frames=frames_of_pass(cfg.n_frames, side.n_segments, side.division),
         stride=cfg.stride,
         heads=heads,
-        checkpointing=cfg.checkpointing,
+        checkpointing=compute is not None and compute.checkpointing,
+        fused_attention=compute is None or compute.fused_attention,
     )
-    return AudioTower(vit, n_segments)
+    return AudioTower(vit, side.n_segments, division=side.division, centres=side.centres, at_pool=at_pool)
 
 
 def fbank_input(paths: Paths, cfg: VitConfig, augment: AugmentConfig | None) -> FbankInput:

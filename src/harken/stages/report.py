@@ -8,7 +8,7 @@ from __future__ import annotations
 import csv
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,16 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from harken.config import Config, Paths
 from harken.engines import Map
 from harken.errors import DataError
-from harken.evaluation import metrics, significance, tables
+from harken.evaluation import metrics, significance, statements, tables
+from harken.evaluation.choices import PARTS, Choices, Part
+from harken.evaluation.significance import SeededDifference
 from harken.shards import atomic, publish, write_json
 from harken.training.loop import fold
 
@@ -33,13 +36,19 @@ CURVES = ("loss", "score")
 
 
 class ReportConfig(Config):
-    """`chance_factor`: trained rows are held against this multiple of chance at R@1; `compare` pairs rows `[a, b]`."""
+    """What the results are held against, and which are held against each other.
+
+    `chance_factor`: rows against this multiple of chance at R@1. `planted_percent`: where truth is planted, how often
+    the nearest image should be a right one. `compare` pairs rows of the tables `[a, b]`, `compare_planted` recipes of
+    `pretrain` by their nearest images; without planted truth the latter is not used.
+    """
 
     title: str
     metrics: list[str]
     chance_factor: float
     planted_percent: float
     compare: list[tuple[str, str]]
+    compare_planted: list[tuple[str, str]]
     n_resamples: int
     level: float
 
@@ -50,18 +59,30 @@ def run(paths: Paths, cfg: ReportConfig, map: Map) -> None:
     if not path.is_file():
         raise DataError(f"{path}: nothing was evaluated. Run `dvc repro evaluate` first.")
     results = json.loads(path.read_text())
-    planted = json.loads((paths.evaluations / "planted.json").read_text())
+    choices, times = _choices(paths.evaluations), _image_times(paths.evaluations)
     work = paths.work / "report"
-    text = "\n".join([f"# {cfg.title}", "", *_tables(results, cfg), *_claims(paths, results, planted, cfg)])
+    text = "\n".join([f"# {cfg.title}", "", *_tables(results, cfg), *_says(paths, results, choices, times, cfg)])
     with atomic(work / "report.md") as f:
         f.write((text.rstrip() + "\n").encode())
     with atomic(work / "results.json") as f:
         f.write(tables.as_json(results).encode())
-    write_json(work / "metrics.json", _metrics(results, planted))
+    write_json(work / "metrics.json", _metrics(results, choices, times))
     names = ["report.md", "results.json", "metrics.json", *_curves(paths, work)]
     publish(work, paths.report, names)
     print(text)
     log.info("report: %s", paths.report / "report.md")
+
+
+def _choices(evaluations: Path) -> Choices | None:
+    """None where no truth is planted, or no clip has a right image."""
+    path = evaluations / "planted.parquet"
+    return Choices.of(pq.read_table(path)) if path.is_file() else None
+
+
+def _image_times(evaluations: Path) -> dict[str, Any] | None:
+    """None where no truth is planted."""
+    path = evaluations / "image_times.json"
+    return json.loads(path.read_text()) if path.is_file() else None
 
 
 def _tables(results: list[dict[str, Any]], cfg: ReportConfig) -> list[str]:
@@ -74,24 +95,22 @@ def _tables(results: list[dict[str, Any]], cfg: ReportConfig) -> list[str]:
     return [tables.markdown(results, cfg.metrics), note, ""]
 
 
-def _claims(paths: Paths, results: list[dict[str, Any]], planted: dict[str, Any], cfg: ReportConfig) -> list[str]:
-    lines = ["## What the data say", ""]
-    for row, factor in sorted(_chance_factors(results).items(), key=lambda kv: kv[1]):
-        verdict = "at least" if factor >= cfg.chance_factor - 1e-6 else "NOT"
-        lines.append(f"- {row}: R@1 is {factor:.1f} times chance ({verdict} {cfg.chance_factor:g} times).")
-    for name, p in planted.items():
-        if p["n_clips"]:
-            verdict = "at least" if p["chosen_right"] >= cfg.planted_percent else "below"
-            lines.append(
-                f"- {name}: the nearest image is a planted one for {p['chosen_right']:.1f} % of {p['n_clips']} "
-                f"training clips ({verdict} {cfg.planted_percent:g} %; a random image: "
-                f"{p['random_right']:.1f} %). Of the "
-                f"{p['n_hard']} that also have wrong images: {p['chosen_right_hard']:.1f} % (random: "
-                f"{p['random_right_hard']:.1f} %)."
-            )
-    for a, b in cfg.compare:
-        lines += [f"- {line}" for line in _comparison(paths, results, a, b, cfg)]
-    return [*lines, ""]
+def _says(
+    paths: Paths,
+    results: list[dict[str, Any]],
+    choices: Choices | None,
+    times: dict[str, Any] | None,
+    cfg: ReportConfig,
+) -> list[str]:
+    """What the data say, every sentence computed; of planted truth only where there is one."""
+    lines = ["## What the data say", "", *statements.against_chance(_chance_factors(results), cfg.chance_factor)]
+    found = [*_rows_compared(paths, results, cfg)]
+    if choices is not None:
+        lines += statements.nearest_image(choices, _pooled(choices, cfg), cfg.planted_percent)
+        found += _choices_compared(choices, cfg)
+    if times is not None:
+        lines += statements.image_times(times)
+    return [*lines, *statements.comparisons(found, cfg.level)]
 
 
 def _chance_factors(results: list[dict[str, Any]]) -> dict[str, float]:
@@ -103,57 +122,99 @@ def _chance_factors(results: list[dict[str, Any]]) -> dict[str, float]:
     return {row: float(np.mean(f)) for row, f in factors.items()}
 
 
-def _comparison(paths: Paths, results: list[dict[str, Any]], a: str, b: str, cfg: ReportConfig) -> Iterator[str]:
-    """Row a against row b on the same queries, for every gallery that both were measured on."""
+def _pooled(choices: Choices, cfg: ReportConfig) -> dict[tuple[str, Part], significance.Pooled]:
+    """(recipe, part) -> its runs together; a part without clips is absent."""
+    found = {}
+    for recipe in choices.recipes:
+        for part in PARTS:
+            if n := choices.count(part):
+                found[recipe, part] = significance.pooled(
+                    choices.runs(recipe, part),
+                    np.arange(n),
+                    rng=np.random.default_rng(fold("planted", recipe, part)),
+                    n_resamples=cfg.n_resamples,
+                    level=cfg.level,
+                )
+    return found
+
+
+Compared = tuple[str, SeededDifference | None]
+
+
+def _choices_compared(choices: Choices, cfg: ReportConfig) -> Iterator[Compared]:
+    """The nearest images of two recipes, over all clips and over the hard ones."""
+    for a, b in cfg.compare_planted:
+        if lacking := [r for r in (a, b) if r not in choices.recipes]:
+            yield f"{a} against {b}, nearest image: nothing was chosen by {' and '.join(lacking)}", None
+            continue
+        for part, name in zip(PARTS, ("nearest image", "nearest image of hard clips"), strict=True):
+            if n := choices.count(part):
+                x, y = choices.runs(a, part), choices.runs(b, part)
+                yield f"{a} against {b}, {name}", _paired(x, y, np.arange(n), fold(a, b, part), cfg)
+
+
+def _rows_compared(paths: Paths, results: list[dict[str, Any]], cfg: ReportConfig) -> Iterator[Compared]:
+    """Row against row on the same queries, for every gallery that both were measured on."""
+    if not results or not cfg.compare:
+        return
     table = pq.read_table(paths.evaluations / "ranks.parquet")
-    shared = {(r["dataset"], r["passport"]) for r in results if r["recipe"] == a}
-    shared &= {(r["dataset"], r["passport"]) for r in results if r["recipe"] == b}
-    if not shared:
-        yield f"{a} against {b}: not both measured on one gallery."
-    for dataset, passport in sorted(shared):
-        for direction in ("t2a", "a2t", "i2a", "a2i"):
-            hits = [_hits(table, row, passport, direction) for row in (a, b)]
-            if hits[0] is None or hits[1] is None:
-                continue
-            (x, clips), (y, _) = hits[0], hits[1]
-            d = significance.paired_difference(
-                x,
-                y,
-                clips,
-                rng=np.random.default_rng(fold(a, b, direction)),
-                n_resamples=cfg.n_resamples,
-                level=cfg.level,
-            )
-            says = "within noise" if d.is_within_noise else "a real difference" if d.mean > 0 else "a real loss"
-            yield (
-                f"{a} against {b}, {dataset} {tables.DIRECTIONS[direction]} R@1: {d.mean:+.1f} "
-                f"[{d.low:+.1f}, {d.high:+.1f}], p = {d.p_value:.3f}: {says}."
-            )
+    for a, b in cfg.compare:
+        galleries = [{(r["dataset"], r["passport"]) for r in results if r["recipe"] == row} for row in (a, b)]
+        if not (shared := galleries[0] & galleries[1]):
+            yield f"{a} against {b}: not both measured on one gallery", None
+        for dataset, passport in sorted(shared):
+            for direction, name in tables.DIRECTIONS.items():
+                x, y = (_hits(table, row, passport, direction) for row in (a, b))
+                if x is None or y is None:
+                    continue
+                if x[1] != y[1]:
+                    raise DataError(f"{a} and {b} were asked other queries under one passport, {passport}.")
+                clips = np.unique(x[1], return_inverse=True)[1]
+                found = _paired(x[0], y[0], clips, fold(a, b, direction), cfg)
+                yield f"{a} against {b}, {dataset} {name} R@1", found
 
 
-def _hits(table: Any, row: str, passport: str, direction: str) -> tuple[np.ndarray, np.ndarray] | None:
-    """(seed, query) hits at 1 in percent, and the clip of each query as a number."""
+def _paired(
+    x: Mapping[int, np.ndarray], y: Mapping[int, np.ndarray], clips: np.ndarray, seed: int, cfg: ReportConfig
+) -> SeededDifference:
+    rng = np.random.default_rng(seed)
+    return significance.paired_by_seed(x, y, clips, rng=rng, n_resamples=cfg.n_resamples, level=cfg.level)
+
+
+def _hits(table: pa.Table, row: str, passport: str, direction: str) -> tuple[dict[int, np.ndarray], list[str]] | None:
+    """Seed -> hits at 1 in percent (query,), and the clip of each query."""
     for name, value in (("recipe", row), ("passport", passport), ("direction", direction)):
         table = table.filter(pc.equal(table[name], value))
     if not len(table):
         return None
-    seeds = sorted(set(table["seed"].to_pylist()))
-    parts = [table.filter(pc.equal(table["seed"], s)).sort_by("query") for s in seeds]
-    columns = ("above", "tied", "tied_relevant", "n_relevant")
-    found = [metrics.Ranks(**{c: p[c].to_numpy() for c in columns}, n_items=p["n_items"][0].as_py()) for p in parts]
-    clips = np.unique(parts[0]["clip_id"].to_pylist(), return_inverse=True)[1]
-    return np.stack([100 * r.hit(1) for r in found]), clips
+    found, clips = {}, []
+    for seed in sorted(pc.unique(table["seed"]).to_pylist()):
+        part = table.filter(pc.equal(table["seed"], seed)).sort_by("query")
+        columns = {c: part[c].to_numpy() for c in ("above", "tied", "tied_relevant", "n_relevant")}
+        found[seed] = 100 * metrics.Ranks(**columns, n_items=part["n_items"][0].as_py()).hit(1)
+        clips.append(part["clip_id"].to_pylist())
+    if any(c != clips[0] for c in clips):
+        raise DataError(f"{row}: its seeds were asked other queries under one passport: {passport}")
+    return found, clips[0]
 
 
-def _metrics(results: list[dict[str, Any]], planted: dict[str, Any]) -> dict[str, Any]:
-    """Nested means over seeds for `dvc metrics`: dataset -> row -> direction -> metric."""
+def _metrics(results: list[dict[str, Any]], choices: Choices | None, times: dict[str, Any] | None) -> dict[str, Any]:
+    """Nested means over seeds for `dvc metrics`: dataset -> row -> direction -> metric; and what planted truth says."""
     out: dict[str, Any] = {}
     for gallery in tables.summarise(results):
         for row in gallery["rows"]:
             cells = {d: {m: round(c["mean"], 4) for m, c in v.items()} for d, v in row["metrics"].items()}
             out.setdefault(gallery["dataset"], {})[row["recipe"]] = cells
-    if planted:
-        out["planted_image"] = {n: {k: round(v, 4) for k, v in p.items()} for n, p in planted.items()}
+    if choices is not None:
+        for part in (p for p in PARTS if choices.count(p)):
+            right = {r: float(np.mean(list(choices.runs(r, part).values()))) for r in choices.recipes}
+            right["an image at random"] = float(choices.random[choices.mask(part)].mean())
+            out.setdefault("planted_image", {})[part] = {r: round(v, 4) for r, v in right.items()}
+    if times is not None:
+        out["image_times"] = {
+            rule: {k: round(of[k], 4) for k in statements.SHARES if of[k] is not None}
+            for rule, of in times["rules"].items()
+        }
     return out
 
 

@@ -26,6 +26,7 @@ from harken.progress import track
 from harken.shards import code_version, digest_of, file_sha256, fingerprint
 from harken.stages.weights import load_encoder
 from harken.training.batches import Features, Order
+from harken.training.curves import curves
 from harken.training.data import captions_of
 from harken.training.loop import Plan, fit
 from harken.training.optim import OptimizerConfig, build
@@ -92,12 +93,19 @@ def run(paths: Paths, cfg: TrainConfig, map: Map) -> None:
         check(name, recipe, cfg)
     work = paths.work / "train"
     runs = {run_name(r, s): (r, s) for r, s in seeds_times(cfg.recipes, cfg.seeds)}
-    shared = cfg.model_dump(exclude={"recipes", "seeds", "checkpoint_every"})
-    data = [digest_of(paths.features), file_sha256(paths.manifest / "clips.parquet")]
-    data += [file_sha256(paths.weights / "weights.json"), code_version(CODE)]
-    data.append(fingerprint(sorted(flagged(paths.features, cfg.leave_out))))
-    marks = {n: fingerprint(shared, cfg.recipes[r].model_dump(), s, data) for n, (r, s) in runs.items()}
-    items = [(name, *runs[name]) for name in unfinished(work, marks)]
+    shared = cfg.model_dump(mode="json", exclude={"recipes", "seeds", "checkpoint_every"})
+    data = {
+        "features": digest_of(paths.features),
+        "manifest": file_sha256(paths.manifest / "clips.parquet"),
+        "weights": file_sha256(paths.weights / "weights.json"),
+        "left_out": fingerprint(sorted(flagged(paths.features, cfg.leave_out))),
+    }
+    settings = {}
+    for name, (recipe_name, seed) in runs.items():
+        own = cfg.recipes[recipe_name].model_dump(mode="json")
+        settings[name] = {"train": shared, "recipe": own, "seed": seed, "data": data, "code": code_version(CODE)}
+    marks = {name: fingerprint(s) for name, s in settings.items()}
+    items = [(name, *runs[name]) for name in unfinished(work, marks, settings)]
     job = Job(paths=paths, train=cfg, marks=marks)
     for _ in track(map(trainer, job, items, devices=devices()), len(items), "train: runs"):
         pass
@@ -168,7 +176,7 @@ def train_one(job: Job, item: tuple[str, str, int]) -> str:
     optimizer, factor = build(cfg.optimizer, model, batch, order.steps_per_epoch, cfg.epochs)
     plan = Plan(cfg.epochs, seed, factor, cfg.clip_norm, cfg.checkpoint_every, cfg.select)
     folder = folder_of(paths.work / "train", name, job.marks[name])
-    state = fit(task, optimizer, order, plan, folder, f"train {name}")
+    state = fit(task, optimizer, order, plan, folder, f"train {name}", watch=curves(folder))
     told = {"recipe": recipe_name, "seed": seed, "dataset": recipe.dataset, "n_train": len(train.clip_ids)}
     finish(folder, model, state, told | {"n_val": len(val.clip_ids), "n_rows": n_rows, "model": spec.model_dump()})
     return name

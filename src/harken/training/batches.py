@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from harken.errors import ConfigError, DataError
+from harken.models.features import Part
 from harken.shards import DenseArray, read_table
 
 
@@ -216,6 +217,12 @@ class Order:
         for step in range(first_step, self.steps_per_epoch):
             yield np.array_split(order[step * self.batch : (step + 1) * self.batch], self.world)[self.rank]
 
+    def part(self, step: int) -> Part:
+        """Which clips of the batch that all processes share are this one's, at a step of any epoch."""
+        size = min(self.batch, self.n - step * self.batch)
+        share, extra = divmod(size, self.world)
+        return Part(self.rank * share + min(self.rank, extra), size)
+
 
 @dataclass(frozen=True, eq=False)
 class ShardOrder:
@@ -277,6 +284,12 @@ class ShardOrder:
         order = np.concatenate(self.groups(epoch))
         for step in range(first_step, self.steps_per_epoch):
             yield order[step * self._share : (step + 1) * self._share]
+
+    def part(self, step: int) -> Part:
+        """Which clips of the batch that all processes share are this one's, at a step of any epoch."""
+        if self.world > 1:
+            return Part(self.rank * self._share, self.batch)
+        return Part(0, min(self.batch, len(self.shards) - step * self.batch))
 
     def upcoming(self, epoch: int, first_step: int = 0) -> Iterator[list[np.ndarray]]:
         """For each batch of `epoch`, the groups to be fetched when it is: its own at first, then always the next."""

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from harken.models.features import Part
 from harken.training.batches import Clips, Features, Order, ShardOrder
 
 # Batches that are read before they are asked for, and by how many threads: each has one to be at while the training is
@@ -27,10 +28,13 @@ STRETCH_BYTES = 1 << 22
 
 
 class Batch(NamedTuple):
-    """What a task's `loss` is given: the numbers of the training clips, and the clips as read."""
+    """What a task's `loss` is given: the numbers of the training clips, the clips as read, and which of the batch they
+    are where processes share it.
+    """
 
     items: np.ndarray
     clips: Clips
+    part: Part
 
 
 @contextmanager
@@ -130,8 +134,8 @@ class Loader:
                 readers=self.readers,
             ) as read,
         ):
-            for items, clips in zip(batches, read, strict=True):
-                yield Batch(items, clips)
+            for step, (items, clips) in enumerate(zip(batches, read, strict=True), start=first_step):
+                yield Batch(items, clips, self.order.part(step))
 
     def _announced(
         self, batches: Sequence[np.ndarray], epoch: int, first_step: int, fetcher: ThreadPoolExecutor

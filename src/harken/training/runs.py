@@ -18,14 +18,18 @@ from torch import nn
 from harken.errors import ConfigError, DataError, unknown
 from harken.models import weights
 from harken.shards import atomic, publish, write_json
+from harken.training.loop import DIVERGED, STATE
 from harken.training.state import TrainState
 
 log = logging.getLogger("harken")
+SETTINGS = "settings.json"
+HASHED = ("data.", "code")  # of the settings, those that are hashes: they say that something changed, not what
 
 
 def device() -> torch.device:
-    """HARKEN_DEVICE, else the first GPU, else the CPU."""
-    name = os.environ.get("HARKEN_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
+    """HARKEN_DEVICE, else a GPU, else the CPU. Of a run's processes on one machine each takes the GPU of its number."""
+    gpu = f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ else "cuda"
+    name = os.environ.get("HARKEN_DEVICE") or (gpu if torch.cuda.is_available() else "cpu")
     try:
         return torch.device(name)
     except RuntimeError as e:
@@ -49,14 +53,68 @@ def folder_of(work: Path, run: str, mark: str) -> Path:
     return work / f"{run}.{mark}"
 
 
-def unfinished(work: Path, marks: Mapping[str, str]) -> list[str]:
-    """The runs (name -> fingerprint) that are not done; scratch folders that no run wants any more are removed."""
+def unfinished(work: Path, marks: Mapping[str, str], settings: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """The runs (name -> fingerprint) that are not done, each with a folder that says what `settings` it has.
+
+    Results that no run wants any more are removed. What was begun under other settings is hours of somebody's GPU: it
+    is kept, and DataError lists what has changed, unless HARKEN_RESTART is 1, which gives it up.
+    """
     work.mkdir(parents=True, exist_ok=True)
-    wanted = {folder_of(work, run, mark).name for run, mark in marks.items()}
-    for folder in work.iterdir():
-        if folder.is_dir() and folder.name not in wanted:
-            shutil.rmtree(folder)
-    return [run for run, mark in marks.items() if not (folder_of(work, run, mark) / "run.json").is_file()]
+    folders = {run: folder_of(work, run, mark) for run, mark in marks.items()}
+    kept = {f.name for f in folders.values()}
+    begun: list[str] = []
+    for old in sorted(f for f in work.iterdir() if f.is_dir() and f.name not in kept):
+        is_begun = (old / STATE).is_file() and not (old / "run.json").is_file()
+        if not is_begun or os.environ.get("HARKEN_RESTART") == "1":
+            shutil.rmtree(old)
+        elif (run := old.name.rpartition(".")[0]) in settings and not (folders[run] / "run.json").is_file():
+            begun.append(f"{old}: " + "; ".join(_differences(_settings_of(old), settings[run])))
+    if begun:
+        raise DataError(
+            "runs were begun under other settings and are not done:\n  "
+            + "\n  ".join(begun)
+            + "\nTo go on with them, put the settings back. To give them up, delete the folders "
+            "or set HARKEN_RESTART=1."
+        )
+    todo = []
+    for run, folder in folders.items():
+        if (folder / "run.json").is_file():
+            _tidy(folder)  # a kill may have come between the last file that counts and this
+        else:
+            write_json(folder / SETTINGS, settings[run])
+            todo.append(run)
+    return todo
+
+
+def _tidy(folder: Path) -> None:
+    """Drop from a finished run's folder what only an unfinished one needs."""
+    for name in (STATE, SETTINGS, DIVERGED):
+        (folder / name).unlink(missing_ok=True)
+
+
+def _settings_of(folder: Path) -> dict[str, Any]:
+    path = folder / SETTINGS
+    told: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    return told
+
+
+def _differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """`key: old -> new` for every value that is not the same; hashes are only said to have changed."""
+    old, new = _flat(then), _flat(json.loads(json.dumps(now, default=str)))
+    told = []
+    for key in [*new, *(k for k in old if k not in new)]:
+        a, b = old.get(key, "absent"), new.get(key, "absent")
+        if a != b:
+            told.append(f"{key} has changed" if key.startswith(HASHED) else f"{key}: {a} -> {b}")
+    return told
+
+
+def _flat(value: Mapping[str, Any], path: str = "") -> dict[str, Any]:
+    """Nested mappings as one, keys joined by dots."""
+    found: dict[str, Any] = {}
+    for key, v in value.items():
+        found |= _flat(v, f"{path}{key}.") if isinstance(v, dict) else {f"{path}{key}": v}
+    return found
 
 
 def finish(folder: Path, model: nn.Module, state: TrainState, facts: Mapping[str, Any]) -> None:
@@ -71,7 +129,7 @@ def finish(folder: Path, model: nn.Module, state: TrainState, facts: Mapping[str
     write_json(
         folder / "run.json", {**facts, "steps": state.step, "best_epoch": state.best_epoch, "best_score": state.best}
     )
-    (folder / "state.safetensors").unlink(missing_ok=True)
+    _tidy(folder)
 
 
 def publish_runs(work: Path, out: Path, marks: Mapping[str, str]) -> None:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,10 +15,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from harken.config import Config
-from harken.models.features import AudioFeatures
+from harken.models.features import AudioFeatures, Part
 from harken.models.losses import LOSSES
+from harken.models.matching import Match
 from harken.models.panns import Panns
-from harken.models.towers import AudioTower, TextAudio
+from harken.models.towers import AudioTower, TextAudio, text_similarity
+from harken.training import distributed
 from harken.training.batches import Clips, Features, Order, ShardOrder
 from harken.training.loader import Batch, Loader, one_pass
 
@@ -58,47 +61,86 @@ class FbankInput:
         """Clips in the given order, read ahead."""
         return one_pass(self.features, clip_ids, batch, self.n_frames, self.device)
 
-    def __call__(self, clips: Clips, generator: torch.Generator | None) -> Float[Tensor, "clip frame mel"]:
+    def __call__(
+        self, clips: Clips, generator: torch.Generator | None, part: Part | None = None
+    ) -> Float[Tensor, "clip frame mel"]:
         """(clip, n_frames, mel), normalised; clips shorter than n_frames are padded with raw 0 before it (VIP-ANT).
 
-        Augmented where a `generator` is given and there is an `augment`, untouched otherwise.
+        Augmented where a `generator` is given and there is an `augment`, untouched otherwise. `part` says which clips
+        of a shared batch these are.
         """
         fbank = clips.on(self.device).sub_(self.mean).div_(self.std)
         if generator is None or self.augment is None:
             return fbank
         n_clips, n_frames, n_mels = fbank.shape
-        how = self.augment
+        how, (first, of) = self.augment, part or Part(0, n_clips)
+
+        def draw() -> Tensor:
+            """Uniform in [0, 1), one number a clip: drawn for all clips of the batch, wherever they are."""
+            return torch.rand(of, generator=generator)[first : first + n_clips]
+
         if how.roll:
-            by = torch.randint(n_frames, (n_clips,), generator=generator).tolist()
+            by = torch.randint(n_frames, (of,), generator=generator)[first : first + n_clips].tolist()
             fbank = torch.stack([clip.roll(n, 0) for clip, n in zip(fbank, by, strict=True)])
         if how.gain_db:
             nats = how.gain_db * math.log(10) / 10  # of energy, as the FBANK's logarithm is
-            gain = (2 * torch.rand(n_clips, 1, 1, generator=generator) - 1) * nats / self.std
+            gain = (2 * draw()[:, None, None] - 1) * nats / self.std
             fbank += gain.to(self.device)
         for size, axis, limit in ((n_mels, 1, how.freq_mask), (n_frames, 0, how.time_mask)):
-            width = torch.rand(n_clips, generator=generator) * limit
-            start = torch.rand(n_clips, generator=generator) * (size - width)
+            width = draw() * limit
+            start = draw() * (size - width)
             ends = torch.stack([start, start + width]).long().T.tolist()
-            for clip, (first, last) in zip(fbank, ends, strict=True):
-                clip.narrow(axis, first, last - first).zero_()  # 0 is the mean, after normalisation
+            for clip, (start_at, end_at) in zip(fbank, ends, strict=True):
+                clip.narrow(axis, start_at, end_at - start_at).zero_()  # 0 is the mean, after normalisation
         return fbank
 
 
 def embed_clips(
-    tower: AudioTower, read: FbankInput, clip_ids: Sequence[str], *, pooled: bool, batch: int = 64
+    encode: Callable[[Tensor], Tensor], read: FbankInput, clip_ids: Sequence[str], *, batch: int = 64
 ) -> Tensor:
-    """Embeddings of clips without augmentation: (clip, dim) if `pooled`, else (clip, segment, dim)."""
-    encode = tower.pooled if pooled else tower.segments
+    """What `encode` makes of clips without augmentation, a row for each: an AudioTower's `segments` or `pooled`."""
     with read.one_pass(clip_ids, batch) as batches:
         return torch.cat([encode(read(clips, None)).cpu() for clips in batches]).float()
 
 
+def _names(clip_ids: Sequence[str], batch: Batch) -> list[str]:
+    """The clips of a batch; those whose features are not finite are marked."""
+    bad = ~torch.isfinite(batch.clips.values).flatten(1).all(1)
+    return [
+        f"{clip_ids[i]} (its features are not finite)" if b else clip_ids[i]
+        for i, b in zip(batch.items, bad.tolist(), strict=True)
+    ]
+
+
+def shared_infonce(along: Tensor, down: Tensor, part: Part) -> Tensor:
+    """One process's share of InfoNCE over a batch that processes share; the sum of the shares is `infonce(sim)`.
+
+    `along` (own row, clip) and `down` (row, own clip) are the scaled similarities of its own images or texts with all
+    clips, and of all of them with its own clips.
+    """
+    own = torch.arange(part.first, part.first + len(along), device=along.device)
+    cross_entropy = partial(nn.functional.cross_entropy, reduction="sum")
+    return (cross_entropy(along, own) + cross_entropy(down.T, own)) / part.of
+
+
+def contrast(similarity: Callable[[Tensor, Tensor], Tensor], rows: Tensor, columns: Tensor, part: Part) -> Tensor:
+    """InfoNCE of a batch from its two sides, or this process's share of it (see `distributed`)."""
+    group = distributed.group()
+    if group.size == 1:
+        return LOSSES["infonce"](similarity(rows, columns))
+    return shared_infonce(similarity(rows, group.rows(columns)), similarity(group.rows(rows), columns), part)
+
+
 @dataclass
 class AudioImage:
-    """Audio-image pretraining with frozen CLIP image embeddings (Tsubaki et al. 2024, section II-C)."""
+    """Audio-image pretraining with frozen CLIP image embeddings (Tsubaki et al. 2024, section II-C).
+
+    `encode` is the tower as it computes in training (see `compute` and `distributed`).
+    """
 
     model: AudioTower
-    match: Any
+    encode: nn.Module
+    match: Match
     read: FbankInput
     clip_ids: Sequence[str]
     images: Float[Tensor, "clip image dim"]
@@ -110,14 +152,20 @@ class AudioImage:
     def batches(self, order: Order | ShardOrder) -> Loader:
         return self.read.loader(order, self.clip_ids)
 
+    def names(self, batch: Batch) -> Sequence[str]:
+        return _names(self.clip_ids, batch)
+
     def loss(self, batch: Batch, epoch: int, generator: torch.Generator) -> tuple[Tensor, Mapping[str, float]]:
-        audio = self.model.segments(self.read(batch.clips, generator))
+        audio = self.encode(self.read(batch.clips, generator, batch.part))
         images = self.images[torch.from_numpy(batch.items)].to(audio.device)
-        cosine = self.match(audio if self.model.n_segments > 1 else audio[:, 0], images, epoch, generator)
-        return LOSSES["infonce"](self.model.scaled(cosine)), {}
+        rows, columns = self.match.sides(
+            audio if self.model.n_segments > 1 else audio[:, 0], images, epoch, generator, batch.part
+        )
+        return contrast(lambda i, a: self.model.scaled(self.match.similarity(i, a)), rows, columns, batch.part), {}
 
     def validate(self) -> Mapping[str, float]:
-        audio = embed_clips(self.model, self.read, self.val_ids, pooled=False)
+        plain = getattr(self.encode, "module", self.encode)
+        audio = distributed.group().spread(self.val_ids, partial(embed_clips, plain, self.read))
         if self.model.n_segments == 1:
             audio = audio[:, 0]  # one vector of the whole clip, to meet every image
         sim = self.sim_of(audio.numpy(), self.val_images.numpy())
@@ -154,9 +202,10 @@ class Captions:
         clip_of = np.repeat(np.arange(len(clips)), [len(o) for o in of])
         return Captions([c for c, _ in clips], texts, of, clip_of)
 
-    def draw(self, items: np.ndarray, generator: torch.Generator) -> np.ndarray:
+    def draw(self, items: np.ndarray, generator: torch.Generator, part: Part | None = None) -> np.ndarray:
         """One caption number per clip, uniform over its captions, so that the diagonal is the positives."""
-        u = torch.rand(len(items), generator=generator).numpy()
+        first, of = part or Part(0, len(items))
+        u = torch.rand(of, generator=generator)[first : first + len(items)].numpy()
         return np.array([self.of[i][int(v * len(self.of[i]))] for i, v in zip(items, u, strict=True)])
 
 
@@ -165,6 +214,7 @@ class AudioText:
     """Audio-text fine-tuning against frozen CLIP caption embeddings (Tsubaki et al. 2024, section II-D)."""
 
     model: AudioTower
+    encode: nn.Module
     read: FbankInput
     train: Captions
     texts: Float[Tensor, "caption dim"]
@@ -175,24 +225,21 @@ class AudioText:
     def batches(self, order: Order | ShardOrder) -> Loader:
         return self.read.loader(order, self.train.clip_ids)
 
-    def loss(self, batch: Batch, epoch: int, generator: torch.Generator) -> tuple[Tensor, Mapping[str, float]]:
-        audio = self.model.pooled(self.read(batch.clips, generator))
-        text = self.texts[torch.from_numpy(self.train.draw(batch.items, generator))].to(audio.device)
-        return LOSSES["infonce"](self.model.scaled(cosine_matrix(text, audio))), {}
+    def names(self, batch: Batch) -> Sequence[str]:
+        return _names(self.train.clip_ids, batch)
 
-    def similarity(self, captions: Captions, texts: Tensor) -> np.ndarray:
-        """(caption, clip) cosine similarities of a whole split."""
-        audio = embed_clips(self.model, self.read, captions.clip_ids, pooled=True)
-        return cosine_matrix(texts, audio).numpy()
+    def loss(self, batch: Batch, epoch: int, generator: torch.Generator) -> tuple[Tensor, Mapping[str, float]]:
+        audio = self.encode(self.read(batch.clips, generator, batch.part))
+        drawn = self.train.draw(batch.items, generator, batch.part)
+        text = self.texts[torch.from_numpy(drawn)].to(audio.device)
+        return contrast(lambda t, a: self.model.scaled(text_similarity(t, a)), text, audio, batch.part), {}
 
     def validate(self) -> Mapping[str, float]:
-        metrics = text_scores(self.similarity(self.val, self.val_texts), self.val.clip_of, self.score)
+        plain = getattr(self.encode, "module", self.encode)
+        audio = distributed.group().spread(self.val.clip_ids, partial(embed_clips, plain, self.read))
+        sim = text_similarity(self.val_texts, audio).numpy()
+        metrics = text_scores(sim, self.val.clip_of, self.score)
         return metrics | {"score": metrics["val_t2a_R@1"] + metrics["val_a2t_R@1"]}
-
-
-def cosine_matrix(rows: Float[Tensor, "row dim"], columns: Float[Tensor, "clip dim"]) -> Float[Tensor, "row clip"]:
-    """Cosine similarity of every row with every column."""
-    return nn.functional.normalize(rows, dim=-1) @ nn.functional.normalize(columns, dim=-1).T
 
 
 @dataclass
@@ -208,6 +255,9 @@ class Tagging:
 
     def batches(self, order: Order | ShardOrder) -> Loader:
         return Loader(order, self.features, self.clip_ids, self.n_rows, self.device)
+
+    def names(self, batch: Batch) -> Sequence[str]:
+        return _names(self.clip_ids, batch)
 
     def loss(self, batch: Batch, epoch: int, generator: torch.Generator) -> tuple[Tensor, Mapping[str, float]]:
         found = self.model.tags(self.model(batch.clips.on(self.device), batch.clips.valid_on(self.device)))
@@ -236,6 +286,9 @@ class TextToAudio:
 
     def batches(self, order: Order | ShardOrder) -> Loader:
         return Loader(order, self.features, self.train.clip_ids, self.n_rows, self.device)
+
+    def names(self, batch: Batch) -> Sequence[str]:
+        return _names(self.train.clip_ids, batch)
 
     def loss(self, batch: Batch, epoch: int, generator: torch.Generator) -> tuple[Tensor, Mapping[str, float]]:
         audio = self.model.encode_audio(batch.clips.on(self.device), batch.clips.valid_on(self.device))
