@@ -23,7 +23,7 @@ from harken.models.losses import pmr
 from harken.models.pooling import POOLINGS, cosine_similarity
 from harken.models.scoring import batch_similarity
 
-N_FRAMES, N_STEPS = 31, 1
+N_FRAMES, N_STEPS = 31, 3
 KEPT = 8  # tensors of (text, clip, dim) that the printed form holds at its peak
 
 

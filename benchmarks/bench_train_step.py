@@ -530,11 +530,12 @@ def run(
         with tempfile.TemporaryDirectory() as folder:
             bench = Bench(preset, batch, max(8 if on_gpu else 1, n_clips // batch), device, Path(folder))
             make(bench)
-            found = play(bench, who, rounds, on_gpu)
+            peer = show(bench, play(bench, who, rounds, on_gpu), peer)
             if not on_gpu and batch == batches[-1]:
-                for name, result in found.items():
-                    result.memory = None if name.startswith("a matrix product") else alone(name, bench)
-            peer = show(bench, found, peer)
+                print("  memory of two steps, each in a process of its own")
+                for name in who:
+                    if not name.startswith("a matrix product"):
+                        print(f"  {name:<40} {alone(name, bench) / 1e9:6.2f} GB", flush=True)
 
 
 if __name__ == "__main__":

@@ -97,6 +97,17 @@ def test_padding_may_hold_anything() -> None:
     )
 
 
+def test_frames_that_all_but_cancel_cost_precision_within_a_bound() -> None:
+    """Where what is pooled is a hundredth of its frames, the quadratic forms round as much as the square of that."""
+    torch.manual_seed(0)
+    pool = POOLINGS["tap"](dim=256, dp=128).eval()
+    one, texts, mask = torch.randn(16, 1, 256), torch.randn(20, 256), torch.ones(16, 2, dtype=torch.bool)
+    frames = torch.cat([one, 0.01 * torch.randn(16, 1, 256) - one], dim=1)
+    scores = score_matrix(texts, frames, mask, pool).detach()
+    exact = naive(pool.double(), texts.double(), frames.double(), mask).detach()
+    assert float((scores - exact).abs().max()) < 1e-4
+
+
 def test_autocast_does_not_lower_its_precision() -> None:
     torch.manual_seed(0)
     pool = POOLINGS["tap"](dim=64).eval()
@@ -246,7 +257,7 @@ def test_a_training_batch_of_any_pooling_is_scored_as_the_naive_path_does(case) 
     torch.testing.assert_close(batch_similarity(texts, frames, mask, pool), expected, atol=1e-12, rtol=0)
 
 
-BFLOAT16_BOUND = 3e-3  # of a cosine; measured: 9e-4 at dim 256, 6e-4 at 1024
+BFLOAT16_BOUND = 5e-4  # of a cosine; measured: at most 3.7e-4 at dim 256, 1.9e-4 at 1024
 
 
 @pytest.mark.parametrize("name", POOLINGS)

@@ -71,7 +71,9 @@ def test_a_run_begun_under_other_settings_is_kept_until_they_are_back(
     state = begun(project, stop)
     kept = state.read_bytes()
     project.params["pretrain"]["epochs"] = 3
-    with pytest.raises(DataError, match=r"pretrain\.epochs: 2 -> 3\n.*put the settings back.*HARKEN_RESTART=1") as e:
+    with pytest.raises(
+        DataError, match=r"pretrain\.epochs: 2 -> 3\n.*put the settings \(or the code\) back.*HARKEN_RESTART=1"
+    ) as e:
         project.run("pretrain")
     assert str(state.parent) in str(e.value)
     assert "optimizer" not in str(e.value), "what is the same is not listed"
@@ -82,6 +84,20 @@ def test_a_run_begun_under_other_settings_is_kept_until_they_are_back(
     assert f"pretrain {RUN}: resuming at step 4" in caplog.text
     assert project.contents("pretrain") == undisturbed
     assert not state.exists()
+
+
+def test_a_refusal_costs_no_run_that_was_done(project: Project, stop: Stop) -> None:
+    project.params["pretrain"]["recipes"] = {name: {"match": "random_image"} for name in ("first", "second")}
+    state = begun(project, stop)  # of the second: the first keeps three checkpoints
+    assert state.parent.name.startswith("second-20")
+    (done,) = (project.paths.work / "pretrain").glob("first-20.*/model.safetensors")
+    before = done.stat()
+    project.params["pretrain"]["epochs"] = 2
+    with pytest.raises(DataError, match="second-20.*epochs: 1 -> 2"):
+        project.run("pretrain")
+    project.params["pretrain"]["epochs"] = 1
+    project.run("pretrain")
+    assert (done.stat().st_ino, done.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
 
 
 def test_harken_restart_gives_up_what_was_begun(

@@ -345,6 +345,20 @@ def test_processes_share_each_batch_that_one_alone_would_see(
         assert all(map(np.array_equal, ranks[-1].epoch(epoch, first), list(ranks[-1].epoch(epoch))[first:]))
 
 
+@given(n=sizes, share=st.integers(1, 8), world=st.integers(1, 4), drop_last=st.booleans())
+def test_a_part_says_where_its_clips_lie_in_the_batch(n: int, share: int, world: int, drop_last: bool) -> None:
+    batch = share * world
+    if (drop_last and n < batch) or (not drop_last and 0 < n % batch < world):
+        return
+    for step, items in enumerate(Order(n, batch, 3, drop_last).epoch(1)):
+        for rank in range(world):
+            order = Order(n, batch, 3, drop_last, rank, world)
+            own = next(order.epoch(1, step))
+            first, of = order.part(step)
+            assert of == len(items)
+            assert np.array_equal(own, items[first : first + len(own)])
+
+
 @st.composite
 def shard_orders(draw: st.DrawFn) -> list[ShardOrder]:
     """One order for each of a few processes that together hold a corpus."""
@@ -379,6 +393,15 @@ def test_an_order_by_shards_sees_each_clip_once_and_each_shard_in_one_go(orders:
             assert all(map(np.array_equal, order.epoch(epoch, first), batches[first:]))
         seen += flat
     assert len(set(seen)) == len(seen), "two processes see one clip"
+
+
+@given(shard_orders(), some)
+def test_parts_of_an_order_by_shards_lie_side_by_side(orders: list[ShardOrder], epoch: int) -> None:
+    for step in range(orders[0].steps_per_epoch):
+        sizes = [len(next(o.epoch(epoch, step))) for o in orders]
+        parts = [o.part(step) for o in orders]
+        assert {p.of for p in parts} == {sum(sizes)}
+        assert [p.first for p in parts] == [sum(sizes[:rank]) for rank in range(len(orders))]
 
 
 @given(shard_orders(), some, st.data())

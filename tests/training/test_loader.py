@@ -268,3 +268,19 @@ def test_a_batch_is_its_items_and_their_clips(features: Features) -> None:
         for batch in batches:
             assert isinstance(batch, Batch)
             assert np.array_equal(batch.clips.numbers, features.numbers([IDS[i] for i in batch.items]))
+            assert batch.part == (0, len(batch.items))
+
+
+@pytest.mark.parametrize("first", [0, 9])
+def test_of_several_processes_each_reads_its_part_and_knows_which_it_is(features: Features, first: int) -> None:
+    whole = list(Order(N, BATCH, 5).epoch(1, first))
+    for rank in (0, 1):
+        loader = Loader(Order(N, BATCH, 5, rank=rank, world=2), features, IDS, ROWS, CPU)
+        with contextlib.closing(loader.epoch(1, first)) as batches:
+            for items, clips, (begin, of) in batches:
+                batch = whole.pop(0) if rank else whole[0]
+                whole = whole if rank else [*whole[1:], batch]
+                assert of == len(batch)
+                assert np.array_equal(items, batch[begin : begin + len(items)])
+                assert torch.equal(clips.on(CPU), features.read([IDS[i] for i in items], ROWS)[0])
+    assert not whole, "a batch was not seen"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import math
+import os
 import threading
 from collections.abc import Mapping
 from functools import partial
@@ -95,7 +97,11 @@ class FromDisk(Regression):
 
 @pytest.fixture(scope="module")
 def features(tmp_path_factory: pytest.TempPathFactory) -> Features:
-    folder, rng = tmp_path_factory.mktemp("features"), np.random.default_rng(6)
+    return write_clips(tmp_path_factory.mktemp("features"))
+
+
+def write_clips(folder: Path) -> Features:
+    rng = np.random.default_rng(6)
     for shard in range(3):
         with ShardWriter(folder, shard, fingerprint="f", columns={}, arrays={"fbank": (3, "float16")}) as out:
             for i in range(shard, N, 3):
@@ -110,8 +116,9 @@ def run(folder: Path, task: Regression, order: Order | ShardOrder | None = None,
         warmup_cosine, steps_per_epoch=order.steps_per_epoch, epochs=EPOCHS, warmup_epochs=1, base=1.0, final=0.1
     )
     values: dict[str, Any] = {"epochs": EPOCHS, "seed": 5, "lr_factor": factor, "clip_norm": 1.0}
+    told = {"watch": changes.pop("watch")} if "watch" in changes else {}
     plan = Plan(**(values | {"checkpoint_every": 1, "select": "best"} | changes))
-    return fit(task, optimizer, order, plan, folder, "toy")
+    return fit(task, optimizer, order, plan, folder, "toy", **told)
 
 
 def weights(task: Regression) -> dict[str, Tensor]:
@@ -256,6 +263,86 @@ def test_the_batch_that_diverged_is_named(tmp_path: Path) -> None:
     expected = [f"clip {i}" for i in list(Order(N, BATCH, 5).epoch(1))[1]]
     assert told == {"what": "loss is nan", "epoch": 1, "step": 4, "clips": expected}
     assert ", ".join(expected) in str(e.value)
+
+
+def watched(folder: Path, task: Regression, seen: list[list[float]], **changes: Any) -> None:
+    with contextlib.suppress(Killed):
+        run(folder, task, watch=lambda history: seen.append([row["epoch"] for row in history]), **changes)
+
+
+def test_whoever_watches_is_told_at_the_beginning_and_after_every_epoch(tmp_path: Path) -> None:
+    seen: list[list[float]] = []
+    watched(tmp_path, Regression(), seen)
+    assert seen == [[], [0], [0, 1], [0, 1, 2]]
+    seen.clear()
+    watched(tmp_path, Regression(), seen)  # done
+    assert seen == [[0, 1, 2]]
+
+
+@pytest.mark.parametrize(
+    ("kill_at", "before", "after"), [(4, [[], [0]], [[0], [0, 1], [0, 1, 2]]), (2, [[]], [[], [0], [0, 1], [0, 1, 2]])]
+)
+def test_a_resumed_run_begins_by_telling_what_there_was(
+    kill_at: int, before: list[list[float]], after: list[list[float]], tmp_path: Path
+) -> None:
+    """Within an epoch, too: its sums so far are no row."""
+    seen: list[list[float]] = []
+    watched(tmp_path, Regression(kill_at=kill_at), seen)
+    assert seen == before
+    seen.clear()
+    watched(tmp_path, Regression(), seen)
+    assert seen == after
+
+
+def test_a_watcher_that_fails_does_so_after_the_state_is_kept(tmp_path: Path, undisturbed: Any) -> None:
+    def full(history: Any) -> None:
+        if len(history) == 2:
+            raise OSError("no space left")
+
+    with pytest.raises(OSError, match="no space left"):
+        run(tmp_path, Regression(), watch=full)
+    task = Regression(kill_at=STEPS - 6)
+    assert run(tmp_path, task) == undisturbed[0]
+    assert same(weights(task), undisturbed[1])
+
+
+def test_a_shard_that_is_cut_short_within_an_epoch_is_named_and_the_state_kept(tmp_path: Path) -> None:
+    """And once it is whole again, the run ends as if nothing had been."""
+    for folder in ("cut", "whole"):
+        write_clips(tmp_path / folder)
+    expected = FromDisk(Features(tmp_path / "whole", "fbank"), 1)
+    run(tmp_path / "undisturbed", expected)
+    path = tmp_path / "cut" / "00001.fbank.npy"
+    content = path.read_bytes()
+    task = FromDisk(Features(tmp_path / "cut", "fbank"), 0)
+    loss = task.loss
+
+    def cut_at_step_4(batch: Any, epoch: int, generator: torch.Generator) -> tuple[Tensor, Mapping[str, float]]:
+        if epoch == 1:
+            os.truncate(path, 130)
+        return loss(batch, epoch, generator)
+
+    task.loss = cut_at_step_4  # type: ignore[method-assign]
+    with pytest.raises(DataError, match=r"00001\.fbank\.npy: ends before row \d+\. Delete it and run its stage again"):
+        run(tmp_path / "run", task)
+    assert not [t for t in threading.enumerate() if t.name.startswith("harken-")]
+    assert (tmp_path / "run" / "state.safetensors").is_file()
+    path.write_bytes(content)
+    again = FromDisk(Features(tmp_path / "cut", "fbank"), 1)
+    seen: list[list[float]] = []
+    watched(tmp_path / "run", again, seen)
+    assert seen[0] == [0]
+    assert same(weights(again), weights(expected))
+
+
+def test_a_shard_that_vanishes_is_read_to_the_end_and_missed_at_the_next_start(tmp_path: Path) -> None:
+    """It is open: what was taken away stays readable until the run ends."""
+    write_clips(tmp_path / "clips")
+    features = Features(tmp_path / "clips", "fbank")
+    (tmp_path / "clips" / "00001.fbank.npy").unlink()
+    assert run(tmp_path / "run", FromDisk(features, 1)).step == STEPS
+    with pytest.raises(DataError, match=r"00001\.fbank\.npy: missing beside its Parquet file"):
+        Features(tmp_path / "clips", "fbank")
 
 
 @pytest.mark.parametrize(

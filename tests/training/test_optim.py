@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import copy
+import itertools
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+from harken.config import read_params
 from harken.errors import ConfigError
+from harken.training.batches import Order
 from harken.training.optim import (
     LARS,
     OPTIMIZERS,
@@ -141,6 +148,102 @@ def test_warmup_cosine_at_the_papers_numbers(batch, epochs, per_epoch, lr, by_ep
     last = lr * batch / 256 * 0.001
     assert at(epochs * per_epoch - 1) == pytest.approx(last, rel=1e-2)
     assert at(epochs * per_epoch) == pytest.approx(last, rel=1e-9)
+
+
+@dataclass(frozen=True)
+class Column:
+    """Of the table of Tsubaki et al. 2024 (methods, 1.5): a stage, and what it comes to."""
+
+    stage: str
+    n_clips: int
+    steps_per_epoch: int
+    last_batch: int
+    n_steps: int
+    weights: dict[int, float]  # by epoch; -1 is the last step
+    biases: dict[int, float]
+
+
+VA = Column(
+    "pretrain",
+    1_673_501,
+    13_075,
+    29,
+    392_250,
+    {0: 0, 5: 0.05, 10: 0.1, 15: 0.08537, -1: 1.0e-4},
+    {0: 0, 5: 0.0012, 10: 0.0024, 15: 0.0020488, -1: 2.4e-6},
+)
+AT = Column(
+    "finetune",
+    43_045,
+    673,
+    37,
+    13_460,
+    {0: 0, 5: 0.125, 10: 0.25, 15: 0.125125, -1: 2.5e-4},
+    {0: 0, 5: 0.003, 10: 0.006, 15: 0.003003, -1: 6.0e-6},
+)
+
+
+@pytest.fixture(params=[VA, AT], ids=["audio-image", "audio-text"])
+def column(request: pytest.FixtureRequest) -> Column:
+    return request.param
+
+
+@pytest.fixture
+def stage(column: Column) -> dict[str, Any]:
+    """What the preset says of the column's stage."""
+    presets = Path(__file__).parents[2] / "presets"
+    return read_params(presets / "paper.yaml")[column.stage]
+
+
+def test_the_paper_s_steps(column: Column, stage: dict[str, Any]) -> None:
+    order = Order(column.n_clips, stage["batch"], 20, stage["drop_last"])
+    assert order.steps_per_epoch == column.steps_per_epoch
+    assert order.steps_per_epoch * stage["epochs"] == column.n_steps
+    (last,) = order.epoch(0, column.steps_per_epoch - 1)
+    assert len(last) == order.part(column.steps_per_epoch - 1).of == column.last_batch
+
+
+def test_the_paper_s_rates_from_the_preset(column: Column, stage: dict[str, Any]) -> None:
+    cfg = OptimizerConfig.model_validate(stage["optimizer"])
+    model = nn.Sequential(nn.Linear(2, 3), nn.LayerNorm(3))
+    optimizer, factor = build(cfg, model, stage["batch"], column.steps_per_epoch, stage["epochs"])
+    assert type(optimizer) is LARS
+    assert [(g["weight_decay"], g["momentum"], g["eta"]) for g in optimizer.param_groups] == [(1e-6, 0.9, 1e-3)] * 2
+    for group, rates in zip(optimizer.param_groups, (column.weights, column.biases), strict=True):
+        for epoch, rate in rates.items():
+            step = column.n_steps - 1 if epoch < 0 else epoch * column.steps_per_epoch
+            assert group["peak_lr"] * factor(step) == pytest.approx(rate, rel=1e-4 if epoch >= 0 else 1e-3)
+
+
+def test_the_first_step_changes_nothing_but_the_momentum(stage: dict[str, Any]) -> None:
+    model = nn.Sequential(nn.Linear(2, 3), nn.LayerNorm(3))
+    before = copy.deepcopy(model.state_dict())
+    optimizer, factor = build(OptimizerConfig.model_validate(stage["optimizer"]), model, stage["batch"], 10, 30)
+
+    def step(n: int) -> None:
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * factor(n)
+        optimizer.zero_grad()
+        model(torch.ones(4, 2)).square().mean().backward()
+        optimizer.step()
+
+    step(0)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert all(bool(s["momentum"].abs().sum() > 0) for s in optimizer.state.values())
+    step(1)
+    assert any(not torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_the_rate_rises_in_a_line_and_falls_without_a_leap(column: Column, stage: dict[str, Any]) -> None:
+    options = {k: v for k, v in stage["optimizer"]["schedule"].items() if k != "name"}
+    kw = {"steps_per_epoch": column.steps_per_epoch, "epochs": stage["epochs"], "base": 1.0, **options}
+    warm = options["warmup_epochs"] * column.steps_per_epoch
+    rates = [warmup_cosine(s, **kw) for s in range(0, column.n_steps, 97)]
+    rising, falling = rates[: warm // 97], rates[warm // 97 + 1 :]
+    assert rising == pytest.approx([97 * i / warm for i in range(len(rising))])
+    assert falling == sorted(falling, reverse=True)
+    assert warmup_cosine(warm, **kw) == 1.0
+    assert max(abs(a - b) for a, b in itertools.pairwise(rates)) <= math.pi / 2 * 97 / warm
 
 
 def test_no_warm_up_starts_at_the_peak() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 from pathlib import Path
 
 import pytest
@@ -99,9 +100,9 @@ def test_a_run_begun_under_other_settings_is_kept_and_what_changed_is_listed(tmp
     said = str(e.value)
     changes = ["pretrain.epochs: 30 -> 20", "pretrain.optimizer.lr_weight: 0.2 -> 0.1", "pretrain.batch: 128 -> absent"]
     assert all(c in said for c in [*changes, "pretrain.compute: absent -> None", "data.stats has changed"])
-    assert "code" not in said
+    assert "code has changed" not in said
     assert str(folder) in said
-    assert "put the settings back" in said
+    assert "put the settings (or the code) back" in said
     assert (folder / "state.safetensors").read_bytes() == b"hours of work"
     assert unfinished(tmp_path, {"nearest-20": "then"}, {"nearest-20": THEN}) == ["nearest-20"]  # and it goes on
 
@@ -111,6 +112,37 @@ def test_what_was_begun_is_given_up_on_request_alone(tmp_path: Path, monkeypatch
     monkeypatch.setenv("HARKEN_RESTART", "1")
     assert unfinished(tmp_path, {"nearest-20": "now"}, {"nearest-20": NOW}) == ["nearest-20"]
     assert not folder.exists()
+
+
+@pytest.mark.parametrize("value", ["0", "", "no"])
+def test_a_request_that_says_no_gives_nothing_up(value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = begin(tmp_path)
+    monkeypatch.setenv("HARKEN_RESTART", value)
+    with pytest.raises(DataError, match="begun under other settings"):
+        unfinished(tmp_path, {"nearest-20": "now"}, {"nearest-20": NOW})
+    assert (folder / "state.safetensors").read_bytes() == b"hours of work"
+
+
+def test_what_is_done_under_other_settings_but_not_tidied_is_no_longer_wanted(tmp_path: Path) -> None:
+    """A kill came between run.json and the checkpoint's removal; then the params were changed."""
+    done(tmp_path, "nearest-20", "then")
+    (tmp_path / "nearest-20.then" / "state.safetensors").touch()
+    assert unfinished(tmp_path, {"nearest-20": "now"}, {"nearest-20": NOW}) == ["nearest-20"]
+    assert not (tmp_path / "nearest-20.then").exists()
+
+
+def test_a_run_begun_before_settings_were_kept_is_not_lost_either(tmp_path: Path) -> None:
+    (tmp_path / "nearest-20.then").mkdir()
+    (tmp_path / "nearest-20.then" / "state.safetensors").touch()
+    with pytest.raises(DataError, match=r"pretrain\.epochs: absent -> 20"):
+        unfinished(tmp_path, {"nearest-20": "now"}, {"nearest-20": NOW})
+
+
+def test_the_settings_lie_beside_the_state_until_the_run_is_done(tmp_path: Path) -> None:
+    folder = begin(tmp_path)
+    assert json.loads((folder / "settings.json").read_text()) == THEN
+    done(tmp_path, "nearest-20", "then")
+    assert sorted(p.name for p in folder.iterdir()) == ["history.csv", "model.safetensors", "run.json"]
 
 
 def test_what_was_begun_of_a_recipe_that_is_gone_for_now_is_kept(tmp_path: Path) -> None:
@@ -145,6 +177,16 @@ def test_an_unknown_run_is_met_with_those_there_are(tmp_path: Path) -> None:
 def test_runs_are_recipes_times_seeds() -> None:
     assert seeds_times(["a", "b"], [1, 2]) == [("a", 1), ("a", 2), ("b", 1), ("b", 2)]
     assert run_name("tap_pmr", 20) == "tap_pmr-20"
+
+
+def test_each_process_of_a_run_takes_the_gpu_of_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HARKEN_DEVICE", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert device() == torch.device("cuda")
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert device() == torch.device("cuda:3")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert device() == torch.device("cpu")
 
 
 def test_the_device_is_the_environment_s_choice(monkeypatch: pytest.MonkeyPatch) -> None:

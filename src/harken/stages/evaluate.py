@@ -27,7 +27,7 @@ from harken.models.towers import AudioTower, text_similarity
 from harken.progress import track
 from harken.search import index
 from harken.shards import atomic, code_version, digest_of, file_sha256, fingerprint, publish, read_table, write_json
-from harken.stages.pretrain import FRAME_SHIFT_S, AtPool, SideConfig, VitConfig, build_tower, fbank_input, split_ids
+from harken.stages.pretrain import FRAME_SHIFT_S, AtPool, build_tower, fbank_input, split_ids, tower_of
 from harken.stages.train import ModelConfig, build_model
 from harken.training.batches import Features
 from harken.training.data import CaptionEmbeddings, ImageEmbeddings, captions_of
@@ -39,6 +39,9 @@ from harken.world.truth import Truth
 log = logging.getLogger("harken")
 CODE = (
     "stages/evaluate.py",
+    "stages/pretrain.py",
+    "stages/train.py",
+    "stages/weights.py",
     "evaluation",
     "training",
     "models",
@@ -46,6 +49,7 @@ CODE = (
     "world/truth.py",
     "world/records.py",
     "media/images.py",
+    "media/quality.py",
 )
 STAGES = ("pretrain", "finetune", "train")
 TABLES = ("ranks.parquet", "planted.parquet")
@@ -193,8 +197,7 @@ def evaluate_run(job: Job, name: str) -> str:
         if stage == "train":
             _text_to_audio(paths, run_name, told, manifest, sheet)
         else:
-            vit = parse(f"{name}: vit", VitConfig, told["vit"])
-            side = parse(f"{name}: side", SideConfig, told["side"])
+            vit, side = tower_of(told, f"{source / run_name}/run.json", stage)
             tower = build_tower(paths, vit, side, told["seed"], at_pool=told.get("at_pool", cfg.at_pool))
             load_model(source, run_name, tower)
             tower.to(device())

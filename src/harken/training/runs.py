@@ -63,19 +63,22 @@ def unfinished(work: Path, marks: Mapping[str, str], settings: Mapping[str, Mapp
     folders = {run: folder_of(work, run, mark) for run, mark in marks.items()}
     kept = {f.name for f in folders.values()}
     begun: list[str] = []
+    unwanted: list[Path] = []
     for old in sorted(f for f in work.iterdir() if f.is_dir() and f.name not in kept):
         is_begun = (old / STATE).is_file() and not (old / "run.json").is_file()
         if not is_begun or os.environ.get("HARKEN_RESTART") == "1":
-            shutil.rmtree(old)
+            unwanted.append(old)
         elif (run := old.name.rpartition(".")[0]) in settings and not (folders[run] / "run.json").is_file():
             begun.append(f"{old}: " + "; ".join(_differences(_settings_of(old), settings[run])))
     if begun:
         raise DataError(
             "runs were begun under other settings and are not done:\n  "
             + "\n  ".join(begun)
-            + "\nTo go on with them, put the settings back. To give them up, delete the folders "
+            + "\nTo go on with them, put the settings (or the code) back. To give them up, delete the folders "
             "or set HARKEN_RESTART=1."
         )
+    for old in unwanted:  # only now: who puts the settings back finds the runs that were done as they were
+        shutil.rmtree(old)
     todo = []
     for run, folder in folders.items():
         if (folder / "run.json").is_file():

@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from harken.config import Config
+from harken.errors import DataError
 from harken.models.features import AudioFeatures, Part
 from harken.models.losses import LOSSES
 from harken.models.matching import Match
@@ -98,9 +99,19 @@ class FbankInput:
 def embed_clips(
     encode: Callable[[Tensor], Tensor], read: FbankInput, clip_ids: Sequence[str], *, batch: int = 64
 ) -> Tensor:
-    """What `encode` makes of clips without augmentation, a row for each: an AudioTower's `segments` or `pooled`."""
+    """What `encode` makes of clips without augmentation, a row for each: an AudioTower's `segments` or `pooled`.
+
+    Raises DataError where it is not finite, and names the clips.
+    """
     with read.one_pass(clip_ids, batch) as batches:
-        return torch.cat([encode(read(clips, None)).cpu() for clips in batches]).float()
+        found = torch.cat([encode(read(clips, None)).cpu() for clips in batches]).float()
+    finite = torch.isfinite(found).flatten(1).all(1).tolist()
+    if bad := [clip for clip, fine in zip(clip_ids, finite, strict=True) if not fine]:
+        few = ", ".join(bad[:4]) + (f" and {len(bad) - 4} more" if len(bad) > 4 else "")
+        raise DataError(
+            f"the embedding of {few} is not finite. Look at its features; if they are finite, the model has diverged."
+        )
+    return found
 
 
 def _names(clip_ids: Sequence[str], batch: Batch) -> list[str]:
