@@ -93,7 +93,7 @@ def test_a_refusal_costs_no_run_that_was_done(project: Project, stop: Stop) -> N
     (done,) = (project.paths.work / "pretrain").glob("first-20.*/model.safetensors")
     before = done.stat()
     project.params["pretrain"]["epochs"] = 2
-    with pytest.raises(DataError, match="second-20.*epochs: 1 -> 2"):
+    with pytest.raises(DataError, match=r"second-20.*epochs: 1 -> 2"):
         project.run("pretrain")
     project.params["pretrain"]["epochs"] = 1
     project.run("pretrain")
