@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -61,10 +61,6 @@ CASES: dict[str, tuple[str, dict[str, Any], str, int, int | None]] = {
     "multiframe, tokens": ("multiframe", {"row_norm": False}, "token_pool", 0, None),
     "captions": ("captions", {}, "segment", 0, 2),
 }
-
-
-OF_THREE = ("random", "multiframe, rows normed", "captions")
-SHARED = [(2, case) for case in CASES] + [(3, case) for case in OF_THREE]
 
 
 class Killed(BaseException):
@@ -177,7 +173,7 @@ def steps_of(lab: Lab, case: str) -> list[dict[str, Any]]:
 
 
 def losses(lab: Lab) -> dict[str, Any]:
-    return {case: steps_of(lab, case) for case in (OF_THREE if group().size == 3 else CASES)}
+    return {case: steps_of(lab, case) for case in CASES}
 
 
 class Cut:
@@ -284,15 +280,17 @@ def basics(lab: Lab) -> dict[str, Any]:
     def refuse(error: Exception) -> object:
         raise error
 
-    own = torch.arange(g.rank * 2.0).view(-1, 2).requires_grad_()  # 0, 1, 2 rows
-    rows = g.rows(own)
-    (rows * (torch.arange(6.0).view(3, 2) + g.rank)).sum().backward()
-    flat = g.rows(torch.full((1,), g.rank))
-    square = partial(map, lambda i: [float(i * i)])
-
     def squares(items: Any) -> Tensor:
-        assert len(items), "nobody was asked for nothing"
-        return torch.tensor(list(square(items)))
+        assert len(items), "nobody is asked for nothing"
+        return torch.tensor([[float(i * i)] for i in items])
+
+    def gathered(n: int) -> tuple[Tensor, Tensor | None]:
+        """`n` rows of this process's number among all; row i of all weighs i and i + 0.5 plus that number."""
+        own = torch.full((n, 2), float(g.rank), requires_grad=True)
+        rows = g.rows(own)
+        weights = torch.arange(len(rows))[:, None] + torch.tensor([0.0, 0.5]) + g.rank
+        (rows * weights).sum().backward()
+        return rows.detach(), own.grad
 
     return {
         "group": (g.rank, g.size, g.is_first),
@@ -303,20 +301,20 @@ def basics(lab: Lab) -> dict[str, Any]:
         "odd": raises(lambda: g.told(partial(refuse, OddError("odd", lambda: 0)))),
         "after": g.told(lambda: "still together"),
         "total": g.total(torch.tensor(g.rank + 0.5, requires_grad=True)),
-        "rows": rows.detach(),
-        "flat": flat,
-        "grad": own.grad,
+        "rows": gathered(g.rank + 1),
+        "no rows": gathered(g.rank),
+        "flat": g.rows(torch.full((1,), g.rank)),
         "spread": {n: g.spread(list(range(n)), squares) for n in (1, 2, 3, 7)},
         "all_told": g.all_told(f"from {g.rank}"),
         "agree": raises(lambda: g.agree("the weather", "rain")),
-        "disagree": raises(lambda: g.agree("the weather", "rain" if g.rank < 2 else "sun")),
+        "disagree": raises(lambda: g.agree("the weather", "sun" if g.rank == g.size - 1 else "rain")),
     }
 
 
-# in order; how many processes meet for each. The last one loses a process.
-PHASES: list[tuple[str, int, Callable[[Lab], Any]]] = [
-    ("basics", 3, basics),
-    ("losses", 3, losses),
+# In order; how many processes meet for each. The last one loses a process.
+Phases = list[tuple[str, int, Callable[[Lab], Any]]]
+PHASES: Phases = [
+    ("basics", 2, basics),
     ("losses", 2, losses),
     ("losses", 1, losses),
     ("whole", 1, whole_run),
@@ -331,13 +329,14 @@ PHASES: list[tuple[str, int, Callable[[Lab], Any]]] = [
     ("unread", 2, one_cannot_read),
     ("gone", 2, one_is_gone),
 ]
+OF_THREE: Phases = [("basics", 3, basics), ("losses", 3, losses), ("losses", 1, losses)]
 
 
-def work(out: Path, rank: int, ports: list[int]) -> None:
+def work(out: Path, rank: int, phases: Phases, ports: list[int]) -> None:
     """One process: every phase that it is part of, what came of it, and what was raised."""
     lab, found = Lab(out), {}
     gc.freeze()  # what was imported need not be looked through at every run's beginning
-    for (name, world, what), port in zip(PHASES, ports, strict=True):
+    for (name, world, what), port in zip(phases, ports, strict=True):
         if rank >= world:
             continue
         os.environ |= {"WORLD_SIZE": str(world), "MASTER_PORT": str(port)}
@@ -375,37 +374,57 @@ def free_ports(n: int) -> list[int]:
     return ports
 
 
-@pytest.fixture(scope="module")
-def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("processes")
-    write_features(folder / "features")
-    write_features(folder / "truncated")
-    write_features(folder / "bad", np.inf)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def found(out: Path) -> Found:
+def start(out: Path, phases: str, n: int) -> Found:
     """What came of each phase, a value for every process of it; or the kind of its error and what it says."""
-    ports = ",".join(map(str, free_ports(len(PHASES))))
+    write_features(out / "features")
+    write_features(out / "truncated")
+    write_features(out / "bad", np.inf)
+    ports = ",".join(map(str, free_ports(len(globals()[phases]))))
     env = os.environ | {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     env["PYTHONPATH"] = str(Path(__file__).parents[2] / "src")
     started = [
-        subprocess.Popen([sys.executable, __file__, str(out), str(r), ports], env=env | {"RANK": str(r)})
-        for r in range(3)
+        subprocess.Popen([sys.executable, __file__, str(out), str(r), phases, ports], env=env | {"RANK": str(r)})
+        for r in range(n)
     ]
     end = time.monotonic() + LIMIT_S
     try:
         while any(p.poll() is None for p in started) and not any(p.poll() for p in started):
             assert time.monotonic() < end, "a process waits for one that never comes"
             time.sleep(0.02)
-        assert [p.poll() for p in started] == [0, 0, 0], "a process died; what it said is on stderr"
+        assert [p.poll() for p in started] == [0] * n, "a process died; what it said is on stderr"
     finally:
         for p in started:
             p.kill()
             p.wait()
-    ranks = [torch.load(out / f"found-{r}.pt", weights_only=False) for r in range(3)]
+    ranks = [torch.load(out / f"found-{r}.pt", weights_only=False) for r in range(n)]
     return {key: [found[key] for found in ranks if key in found] for key in ranks[0]}
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("processes")
+
+
+@pytest.fixture(scope="module")
+def found(out: Path) -> Found:
+    return start(out, "PHASES", 2)
+
+
+class Shared(NamedTuple):
+    """What the processes of a group found, and how many they were."""
+
+    found: Found
+    world: int
+
+    def each(self, what: str) -> list[Any]:
+        return [r[what] for r in results(self.found, "basics", self.world)]
+
+
+@pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.slow)])
+def shared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Shared:
+    if request.param == 2:
+        return Shared(request.getfixturevalue("found"), 2)
+    return Shared(start(tmp_path_factory.mktemp("three"), "OF_THREE", 3), 3)
 
 
 def results(found: Found, name: str, world: int) -> list[Any]:
@@ -424,40 +443,29 @@ def distance(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
     return max(float((a[k] - b[k]).abs().max()) for k in a) / largest(b)
 
 
-@pytest.mark.parametrize(("world", "case"), SHARED)
-def test_loss_and_gradients_are_those_of_one_process(found: Found, case: str, world: int) -> None:
-    (alone,) = results(found, "losses", 1)
-    for together in results(found, "losses", world):  # every process has them all
-        assert len(together[case]) == len(alone[case]) == 2
-        for ours, theirs in zip(together[case], alone[case], strict=True):
-            assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-6)
-            assert largest(theirs["grads"]) > 1e-3
-            assert distance(ours["grads"], theirs["grads"]) < 1e-6
-
-
-@pytest.mark.parametrize(("world", "case"), SHARED)
-def test_draws_are_those_of_one_process(found: Found, case: str, world: int) -> None:
-    (alone,) = results(found, "losses", 1)
-    parts = [r[case] for r in results(found, "losses", world)]
+@pytest.mark.parametrize("case", CASES)
+def test_draws_loss_and_gradients_are_those_of_one_process(shared: Shared, case: str) -> None:
+    (alone,), together = results(shared.found, "losses", 1), results(shared.found, "losses", shared.world)
+    parts = [r[case] for r in together]
     for step, theirs in enumerate(alone[case]):
         fed = torch.cat([p[step]["fed"] for p in parts])
         assert torch.equal(fed, theirs["fed"]), "augmented otherwise"
         if theirs["chosen"] is not None:
             assert torch.equal(torch.cat([p[step]["chosen"] for p in parts]), theirs["chosen"])
+        assert largest(theirs["grads"]) > 1e-3
+        for ours in (p[step] for p in parts):  # every process has them all
+            assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-6)
+            assert distance(ours["grads"], theirs["grads"]) < 1e-6
+    for ours in parts:
+        assert len(ours) == len(alone[case]) == 2
+        assert ours[-1]["validated"] == pytest.approx(alone[case][-1]["validated"], rel=1e-12)
 
 
-@pytest.mark.parametrize(("world", "sizes"), [(2, [[3, 3], [3, 2]]), (3, [[2, 2, 2], [2, 2, 1]])])
-def test_the_last_batch_was_shared_unevenly(found: Found, world: int, sizes: list[list[int]]) -> None:
-    parts = [r["random"] for r in results(found, "losses", world)]
-    assert [[len(p[step]["fed"]) for p in parts] for step in (0, 1)] == sizes
+def test_the_last_batch_was_shared_unevenly(shared: Shared) -> None:
+    parts = [r["random"] for r in results(shared.found, "losses", shared.world)]
+    sizes = {2: [[3, 3], [3, 2]], 3: [[2, 2, 2], [2, 2, 1]]}
+    assert [[len(p[step]["fed"]) for p in parts] for step in (0, 1)] == sizes[shared.world]
     assert len(torch.unique(torch.cat([s["chosen"] for p in parts for s in p]))) == IMAGES
-
-
-@pytest.mark.parametrize(("world", "case"), SHARED)
-def test_validation_is_that_of_one_process(found: Found, case: str, world: int) -> None:
-    (alone,) = results(found, "losses", 1)
-    for together in results(found, "losses", world):
-        assert together[case][-1]["validated"] == pytest.approx(alone[case][-1]["validated"], rel=1e-12)
 
 
 def test_a_run_of_two_processes_ends_where_one_would(found: Found) -> None:
@@ -540,54 +548,54 @@ def test_where_one_is_gone_without_a_word_the_others_do_not_wait(found: Found) -
     assert said.startswith("another process of this run has ended")
 
 
-def of_each(found: Found, name: str) -> list[Any]:
-    return [r[name] for r in results(found, "basics", 3)]
+def test_a_group_is_its_processes(shared: Shared) -> None:
+    w = shared.world
+    assert shared.each("group") == [(r, w, r == 0) for r in range(w)]
+    assert shared.each("all_told") == [[f"from {r}" for r in range(w)]] * w
+    assert shared.each("total") == [sum(r + 0.5 for r in range(w))] * w
 
 
-def test_a_group_is_its_processes(found: Found) -> None:
-    assert of_each(found, "group") == [(0, 3, True), (1, 3, False), (2, 3, False)]
-    assert of_each(found, "all_told") == [["from 0", "from 1", "from 2"]] * 3
-    assert of_each(found, "total") == [4.5] * 3
+def test_what_the_first_makes_all_are_told(shared: Shared) -> None:
+    assert shared.each("told") == [{"rank": 0}] * shared.world
+    assert shared.each("n_made") == [1] + [0] * (shared.world - 1)
 
 
-def test_what_the_first_makes_all_are_told(found: Found) -> None:
-    assert of_each(found, "told") == [{"rank": 0}] * 3
-    assert of_each(found, "n_made") == [1, 0, 0]
+def test_what_the_first_raises_all_raise(shared: Shared) -> None:
+    assert shared.each("refused") == [("ConfigError", "no such recipe", None)] * shared.world
+    assert shared.each("clip") == [("ClipError", "qc.silent: a", {"http_status": 3})] * shared.world
+    first, *others = shared.each("odd")
+    assert first == ("OddError", "odd", None)
+    assert others == [("HarkenError", "process 0: OddError: odd", None)] * len(
+        others
+    )  # it cannot be sent; its words can
+    assert shared.each("after") == ["still together"] * shared.world
 
 
-def test_what_the_first_raises_all_raise(found: Found) -> None:
-    assert of_each(found, "refused") == [("ConfigError", "no such recipe", None)] * 3
-    assert of_each(found, "clip") == [("ClipError", "qc.silent: a", {"http_status": 3})] * 3
-    said = ("HarkenError", "process 0: OddError: odd", None)  # it cannot be sent; its words can
-    assert of_each(found, "odd") == [("OddError", "odd", None), said, said]
-    assert of_each(found, "after") == ["still together"] * 3
+@pytest.mark.parametrize(("name", "fewest"), [("rows", 1), ("no rows", 0)])
+def test_rows_are_those_of_all_and_gradients_find_their_way_back(shared: Shared, name: str, fewest: int) -> None:
+    w = shared.world
+    whose = [r for r in range(w) for _ in range(r + fewest)]
+    for rank, (rows, grad) in enumerate(shared.each(name)):
+        assert rows.tolist() == [[r, r] for r in whose]
+        own = [i for i, r in enumerate(whose) if r == rank]
+        expected = [[w * i + sum(range(w)), w * (i + 0.5) + sum(range(w))] for i in own]
+        assert (grad.tolist() if grad is not None else []) == expected
+    assert [f.tolist() for f in shared.each("flat")] == [list(range(w))] * w
 
 
-def test_rows_are_those_of_all_and_gradients_find_their_way_back(found: Found) -> None:
-    """Of 0, 1 and 2 rows; each process weighs row i of all by 2 i (and 2 i + 1) plus its rank."""
-    for rows in of_each(found, "rows"):
-        assert rows.tolist() == [[0, 1], [0, 1], [2, 3]]
-    none, one, two = of_each(found, "grad")
-    assert none is None or none.shape == (0, 2)
-    assert one.tolist() == [[0 * 3 + 3, 1 * 3 + 3]]
-    assert two.tolist() == [[2 * 3 + 3, 3 * 3 + 3], [4 * 3 + 3, 5 * 3 + 3]]
-    assert [f.tolist() for f in of_each(found, "flat")] == [[0, 1, 2]] * 3
-
-
-def test_work_is_spread_and_comes_back_in_order(found: Found) -> None:
-    for spread in of_each(found, "spread"):
+def test_work_is_spread_and_comes_back_in_order(shared: Shared) -> None:
+    """Of one item, too, which one process makes while the others wait."""
+    for spread in shared.each("spread"):
         for n, made in spread.items():
             assert made.tolist() == [[i * i] for i in range(n)]
 
 
-def test_who_differs_is_told_apart(found: Found) -> None:
-    assert of_each(found, "agree") == [("nothing", "", None)] * 3
-    for kind, said, _ in of_each(found, "disagree"):
+def test_who_differs_is_told_apart(shared: Shared) -> None:
+    assert shared.each("agree") == [("nothing", "", None)] * shared.world
+    told = [f"process {r}: {'sun' if r == shared.world - 1 else 'rain'}" for r in range(shared.world)]
+    for kind, said, _ in shared.each("disagree"):
         assert kind == "DataError"
-        assert (
-            "the 3 processes of this run differ in the weather (process 0: rain, process 1: rain, process 2: sun)"
-            in said
-        )
+        assert f"the {shared.world} processes of this run differ in the weather ({', '.join(told)})" in said
 
 
 # ------------------------------------------------------------------------------------------- one process alone
@@ -626,4 +634,4 @@ def test_a_gpu_for_all_of_them_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 if __name__ == "__main__":
-    work(Path(sys.argv[1]), int(sys.argv[2]), [int(p) for p in sys.argv[3].split(",")])
+    work(Path(sys.argv[1]), int(sys.argv[2]), globals()[sys.argv[3]], [int(p) for p in sys.argv[4].split(",")])
