@@ -8,7 +8,7 @@ the same shape; both eager, in float32, with the same optimiser (on a GPU open_c
 
 A turn is one step that is not timed, then some that are. Contestants take turns; medians. On a CPU: one thread and its
 CPU time, the readers' included, and the memory of each contestant in a process of its own. On a GPU: events, and the
-peak of its allocator. What a large matrix product reaches is measured in the same turns.
+peak of its allocator above weights and momentum. What a large matrix product reaches is measured in the same turns.
 
     python benchmarks/bench_train_step.py [--preset world] [--batch 16 128]
     python benchmarks/bench_train_step.py --device cuda [--preset paper] [--batch 128 512 2048]
@@ -112,18 +112,14 @@ class Bench(NamedTuple):
         """Of a turn: one step more than are timed."""
         return self.batch * (1 + self.n_steps)
 
-    def tower(self, compute: ComputeConfig = EAGER) -> AudioTower:
-        how = {"checkpointing": compute.checkpointing, "fused_attention": compute.fused_attention}
-        return AudioTower(vit(self.shape, self.cfg, **how)).to(self.device)
-
     def optimizer(self, model: nn.Module) -> tuple[torch.optim.Optimizer, Callable[[int], float]]:
         return build(self.cfg.optimizer, model, self.batch, 1000, self.cfg.epochs)
 
 
-def vit(shape: Shape, cfg: PretrainConfig, n_segments: int = 1, **how: bool) -> AudioViT:
+def vit(shape: Shape, cfg: PretrainConfig, n_segments: int = 1) -> AudioViT:
     n_frames = frames_of_pass(cfg.vit.n_frames, n_segments, "segment")
     sizes = {"width": shape.width, "layers": shape.layers, "heads": shape.heads, "embed_dim": shape.dim}
-    return AudioViT(**sizes, patch=PATCH, stride=cfg.vit.stride, n_frames=n_frames, n_mels=N_MELS, **how)
+    return AudioViT(**sizes, patch=PATCH, stride=cfg.vit.stride, n_frames=n_frames, n_mels=N_MELS)
 
 
 def stored(bench: Bench) -> list[str]:
@@ -142,23 +138,36 @@ def make(bench: Bench) -> None:
                 out.write(clip, fbank=np.roll(base, i, 0))
 
 
+class Shared:
+    """One tower and its optimiser, which all but open_clip train: memory is for their steps."""
+
+    def __init__(self, bench: Bench) -> None:
+        self.bench = bench
+        self.tower = AudioTower(vit(bench.shape, bench.cfg)).to(bench.device)
+        self.optimizer, self.factor = bench.optimizer(self.tower)
+
+    def become(self, compute: ComputeConfig) -> None:
+        self.tower.vit.checkpointing = compute.checkpointing
+        for block in self.tower.vit.transformer.resblocks:
+            block.attn.fused = compute.fused_attention
+
+
 Step = Callable[[], object]
 
 
 class Ours:
     """The steps of a run of `pretrain`, recipe random_image."""
 
-    def __init__(self, bench: Bench, compute: ComputeConfig) -> None:
-        cfg = bench.cfg
-        tower = bench.tower(compute)
+    def __init__(self, shared: Shared, compute: ComputeConfig) -> None:
+        bench, tower, cfg = shared.bench, shared.tower, shared.bench.cfg
         read = FbankInput(Features(bench.folder, "fbank"), cfg.vit.n_frames, MEAN, STD, cfg.augment, bench.device)
         images = torch.randn(bench.n_clips, N_IMAGES, bench.shape.dim)
         encode = Encode(tower, "segments", compute)
         self.task = AudioImage(tower, encode, RandomImage(), read, stored(bench), images, [], images, _never, _never)
-        self.optimizer, factor = bench.optimizer(tower)
-        self.plan = Plan(cfg.epochs, 0, factor, None, cfg.checkpoint_every, cfg.select)
+        self.plan = Plan(cfg.epochs, 0, shared.factor, None, cfg.checkpoint_every, cfg.select)
         self.batches = self.task.batches(Order(bench.n_clips, bench.batch, 0, drop_last=True))
-        self.bench, self.state, self.n_turns = bench, TrainState(), 0
+        self.bench, self.optimizer, self.compute = bench, shared.optimizer, compute
+        self.state, self.n_turns = TrainState(), 0
         self.waited: list[float] = []
         """Percent of the time of each turn."""
 
@@ -207,9 +216,18 @@ class OpenClip(nn.Module):
 class Peer:
     """The same step with nothing around it: one batch, in float32, on the device. `lowered`: with autocast."""
 
-    def __init__(self, bench: Bench, model: nn.Module, encode: Callable[[Tensor], Tensor], lowered: bool) -> None:
-        self.model, self.encode, self.lowered, self.device = model, encode, lowered, bench.device
-        self.optimizer, _ = bench.optimizer(model)
+    compute = EAGER
+
+    def __init__(
+        self,
+        bench: Bench,
+        model: nn.Module,
+        encode: Callable[[Tensor], Tensor],
+        optimizer: torch.optim.Optimizer,
+        lowered: bool = False,
+    ) -> None:
+        self.model, self.encode, self.optimizer = model, encode, optimizer
+        self.lowered, self.device = lowered, bench.device
         self.fbank = torch.randn(bench.batch, bench.cfg.vit.n_frames, N_MELS, device=bench.device)
         self.images = F.normalize(torch.randn(bench.batch, bench.shape.dim, device=bench.device), dim=-1)
 
@@ -231,7 +249,10 @@ class Peer:
 class Product:
     """A large matrix product."""
 
-    def __init__(self, bench: Bench, dtype: torch.dtype) -> None:
+    compute = EAGER
+
+    def __init__(self, shared: Shared, dtype: torch.dtype) -> None:
+        bench = shared.bench
         self.a = torch.randn(bench.product_side, bench.product_side, dtype=dtype, device=bench.device)
 
     @contextmanager
@@ -240,7 +261,7 @@ class Product:
 
 
 Contestant = Ours | Peer | Product
-Make = Callable[[Bench], Contestant]
+Make = Callable[[Shared], Contestant]
 
 
 def contestants(batch: int, on_gpu: bool) -> dict[str, Make]:
@@ -264,14 +285,14 @@ def contestants(batch: int, on_gpu: bool) -> dict[str, Make]:
     }
 
 
-def _plain(bench: Bench) -> Peer:
-    tower = bench.tower()
-    return Peer(bench, tower, lambda fbank: tower.segments(fbank)[:, 0], lowered=False)
+def _plain(shared: Shared) -> Peer:
+    tower = shared.tower
+    return Peer(shared.bench, tower, lambda fbank: tower.segments(fbank)[:, 0], shared.optimizer)
 
 
-def _open_clip(bench: Bench, lowered: bool) -> Peer:
-    model = OpenClip(bench)
-    return Peer(bench, model, model, lowered)
+def _open_clip(shared: Shared, lowered: bool) -> Peer:
+    model = OpenClip(shared.bench)
+    return Peer(shared.bench, model, model, shared.bench.optimizer(model)[0], lowered)
 
 
 def product_of(name: str) -> str:
@@ -294,51 +315,52 @@ def seconds_of(run: Callable[[], object], on_gpu: bool) -> float:
     return first.elapsed_time(last) / 1e3
 
 
-def one_turn(contestant: Contestant, n_steps: int, on_gpu: bool) -> float:
-    """Seconds a step."""
-    with contestant.turn() as step:
-        step()
-        return seconds_of(lambda: [step() for _ in range(n_steps)], on_gpu) / n_steps
-
-
 @dataclass
 class Result:
+    """Of each turn: seconds a step and, on a GPU, the peak in bytes above what lies there between steps."""
+
     step_s: list[float] = field(default_factory=list)
-    """In each turn."""
-    memory: float | None = None
+    memory: list[int] = field(default_factory=list)
     waited: float | None = None
 
 
 def play(bench: Bench, who: Mapping[str, Make], rounds: int, on_gpu: bool) -> dict[str, Result | None]:
     """All contestants in turn, after a turn each that warms up; None for those whom the GPU's memory does not hold."""
-    found: dict[str, Result | None] = {}
+    shared = Shared(bench)
+    found: dict[str, Result | None] = {name: Result() for name in who}
     playing: dict[str, Contestant] = {}
     for name, made in who.items():
-        before = _gpu_memory() if on_gpu else 0
         try:
-            playing[name] = made(bench)
-            one_turn(playing[name], bench.n_steps, on_gpu)
-            found[name] = Result(memory=torch.cuda.max_memory_allocated() - before if on_gpu else None)
+            playing[name] = made(shared)
+            one_turn(shared, playing[name], Result(), on_gpu)
         except torch.OutOfMemoryError:
             found[name] = None
         if found[name] is None:  # only here: while an error is handled it holds its frames, and they the memory
             playing.pop(name, None)
+            shared.optimizer.zero_grad(set_to_none=True)
             gc.collect()
     for _ in range(rounds):
         for name, contestant in playing.items():
-            _gpu_memory() if on_gpu else None
-            found[name].step_s.append(one_turn(contestant, bench.n_steps, on_gpu))
+            one_turn(shared, contestant, found[name], on_gpu)
     for name, contestant in playing.items():
         if isinstance(contestant, Ours):
             found[name].waited = statistics.median(contestant.waited[1:])
     return found
 
 
-def _gpu_memory() -> int:
-    """What all contestants hold between two turns, in bytes; the peak is counted from here on."""
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-    return torch.cuda.memory_allocated()
+def one_turn(shared: Shared, contestant: Contestant, result: Result, on_gpu: bool) -> None:
+    """A step that is not timed, and those that are."""
+    shared.become(contestant.compute)
+    n_steps = shared.bench.n_steps
+    if on_gpu:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    with contestant.turn() as step:
+        step()
+        result.step_s.append(seconds_of(lambda: [step() for _ in range(n_steps)], on_gpu) / n_steps)
+    if on_gpu:
+        result.memory.append(torch.cuda.max_memory_allocated() - before)
 
 
 def alone(name: str, bench: Bench) -> float:
@@ -349,7 +371,9 @@ def alone(name: str, bench: Bench) -> float:
 
 def _two_steps(name: str, bench: Bench) -> float:
     torch.set_num_threads(1)
-    contestant = contestants(bench.batch, on_gpu=False)[name](bench)
+    shared = Shared(bench)
+    contestant = contestants(bench.batch, on_gpu=False)[name](shared)
+    shared.become(contestant.compute)
     before = _status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM is counted from here on
     with contestant.turn() as step:
@@ -390,8 +414,8 @@ def show(bench: Bench, found: Mapping[str, Result | None], peer: float | None) -
         precision = "bfloat16" if "bfloat16" in name else "float32"
         if peak := peak_flops(bench.device, EAGER.model_copy(update={"precision": precision})):
             cells.append(f"MFU {100 * rate * flops / peak:4.1f} %")
-        if result.memory is not None:
-            cells.append(f"{result.memory / 1e9:6.2f} GB")
+        if result.memory:
+            cells.append(f"{statistics.median(result.memory) / 1e9:6.2f} GB")
         if result.waited is not None and bench.n_steps > 2 * AHEAD:  # fewer are read before they are timed
             cells.append(f"waiting {result.waited:4.1f} %")
         print("  " + "  ".join(cells), flush=True)
@@ -518,6 +542,9 @@ def run(
     if not on_gpu:
         torch.set_num_threads(1)
     prepare(EAGER)
+    torch._dynamo.config.automatic_dynamic_shapes = (
+        False  # contestants of one tower differ in size; a run's steps do not
+    )
     preset = preset or ("paper" if on_gpu else "world")
     batches = batches or {"world": [16, 128], "paper": [128, 512, 2048] if on_gpu else [4]}[preset]
     n_clips = n_clips or (2048 if on_gpu else {"world": 256, "paper": 4}[preset])
@@ -525,7 +552,7 @@ def run(
     print(f"{gpu}{interleaved.machine().rpartition(', one thread')[0]}, medians of {rounds}")
     peer = None
     for batch in batches:
-        torch._dynamo.reset()  # or another batch would be another size to the same compiled code
+        torch._dynamo.reset()
         who = contestants(batch, on_gpu)
         with tempfile.TemporaryDirectory() as folder:
             bench = Bench(preset, batch, max(8 if on_gpu else 1, n_clips // batch), device, Path(folder))

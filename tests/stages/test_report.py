@@ -23,7 +23,7 @@ from harken.stages.evaluate import EvaluateConfig, Sheet
 
 N = 60
 IDS = [f"clip{i:02d}" for i in range(N)]
-MEASURED = EvaluateConfig(ks=[1, 5], n_resamples=50, level=0.95, images=["mid"], zero_shot=[])
+MEASURED = EvaluateConfig(ks=[1, 5], n_resamples=50, level=0.95, images=["mid"], zero_shot=[], at_pool="mean")
 ASKED: dict[str, Any] = {
     "title": "A test",
     "metrics": ["R@1", "R@5"],

@@ -382,6 +382,8 @@ def start(out: Path, phases: str, n: int) -> Found:
     ports = ",".join(map(str, free_ports(len(globals()[phases]))))
     env = os.environ | {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     env["PYTHONPATH"] = str(Path(__file__).parents[2] / "src")
+    if sys.platform == "linux":
+        env["GLOO_SOCKET_IFNAME"] = "lo"  # no name has to be found in any network
     started = [
         subprocess.Popen([sys.executable, __file__, str(out), str(r), phases, ports], env=env | {"RANK": str(r)})
         for r in range(n)

@@ -211,6 +211,31 @@ def test_reading_ahead_changes_no_bit(
     assert same(weights(task), expected[1])
 
 
+@pytest.mark.parametrize(("began", "goes_on"), [(2, 1), (1, 2)])
+def test_batches_that_so_many_processes_drew_are_not_taken_up_by_another_number(
+    began: int, goes_on: int, tmp_path: Path
+) -> None:
+    """Of orders by shards alone: any other is the same for any number."""
+
+    def order(world: int, by_shards: bool) -> Order | ShardOrder:
+        return (
+            ShardOrder(np.arange(N) % 4, 2, BATCH, 5, True, 0, world)
+            if by_shards
+            else Order(N, BATCH, 5, True, 0, world)
+        )
+
+    for by_shards in (True, False):
+        folder = tmp_path / str(by_shards)
+        with pytest.raises(Killed):
+            run(folder, Regression(kill_at=1), order(began, by_shards))
+        if by_shards:
+            with pytest.raises(DataError, match=rf"safetensors: {began} processes began this run.* Start {began}, or"):
+                run(folder, Regression(), order(goes_on, by_shards))
+            run(folder, Regression(), order(began, by_shards))
+        else:
+            run(folder, Regression(), order(goes_on, by_shards))
+
+
 def test_a_run_that_is_done_does_no_step(tmp_path: Path) -> None:
     run(tmp_path, Regression())
     task = Regression(kill_at=0, kill_in_validation=0)

@@ -34,7 +34,7 @@ def test_everything_comes_back_to_the_bit(optimizer: str, tmp_path: Path) -> Non
     model, optim = trained(optimizer)
     best = copy.deepcopy(model)
     nn.init.zeros_(best[0].weight)
-    state = TrainState(7, 0.1 + 0.2, 2, [{"epoch": 0, "loss": 1 / 3}, {"loss": 0.7}])
+    state = TrainState(7, 0.1 + 0.2, 2, [{"epoch": 0, "loss": 1 / 3}, {"loss": 0.7}], 3)
     save(tmp_path / "state.safetensors", state, model, best, optim)
     other, other_optim = trained(optimizer, steps=1)
     other_best = copy.deepcopy(other)

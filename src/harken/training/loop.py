@@ -8,7 +8,7 @@ import hashlib
 import logging
 import math
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol, TypeVar, runtime_checkable
 
@@ -108,10 +108,15 @@ def fit(
     the batch are written beside it.
     """
     path, group = folder / STATE, distributed.group()
-    state = TrainState()
+    state = TrainState(drawn_by=order.world if isinstance(order, ShardOrder) else 1)
     best = copy.deepcopy(task.model)
     if path.is_file():
-        state = load(path, task.model, best, optimizer)
+        n, state = state.drawn_by, load(path, task.model, best, optimizer)
+        if state.drawn_by != n:
+            raise DataError(
+                f"{path}: {state.drawn_by} processes began this run, each with shards of its own; {n} would draw other "
+                f"batches. Start {state.drawn_by}, or delete it to start the run anew."
+            )
         log.info("%s: resuming at step %d", name, state.step)
     group.agree("the step they resume at", state.step)
     batches = task.batches(order)
@@ -134,8 +139,7 @@ def fit(
                 meter.did(order.batch)
                 in_epoch = state.step % order.steps_per_epoch
                 if group.is_first and in_epoch and state.step % plan.checkpoint_every == 0:
-                    part = TrainState(state.step, state.best, state.best_epoch, [*state.history, sums])
-                    save(path, part, task.model, best, optimizer)
+                    save(path, replace(state, history=[*state.history, sums]), task.model, best, optimizer)
         speed = meter.speed()
         task.model.eval()
         with torch.no_grad():

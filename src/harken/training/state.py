@@ -21,13 +21,14 @@ class TrainState:
 
     `step` counts optimiser steps from 0 and, with the seed, is the position of the sampler, the schedule and every
     random draw (each step reseeds from (seed, step)). `best` is the best validation score so far and `history` has one
-    row an epoch.
+    row an epoch. `drawn_by` is how many processes draw the batches, where another number would draw others; else 1.
     """
 
     step: int = 0
     best: float = float("-inf")
     best_epoch: int = -1
     history: list[dict[str, float]] = field(default_factory=list)
+    drawn_by: int = 1
 
 
 def _flatten(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
