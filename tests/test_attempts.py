@@ -428,14 +428,14 @@ def histories(draw: st.DrawFn) -> list[Attempt]:
     return rows
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(histories(), st.integers(0, 80))
 def test_fold_agrees_with_its_twin(rows: list[Attempt], now_h: int) -> None:
     now_ms = T0 + now_h * HOUR_MS
     assert as_rows(fold(table_of(rows), POLICIES, now_ms)) == twin(rows, now_ms)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(histories(), st.randoms(use_true_random=False))
 def test_neither_order_nor_repetition_changes_the_state(rows: list[Attempt], rng: random.Random) -> None:
     expected = fold(table_of(rows), POLICIES, NOW)
@@ -445,7 +445,7 @@ def test_neither_order_nor_repetition_changes_the_state(rows: list[Attempt], rng
     pd.testing.assert_frame_equal(fold(table_of(rows), POLICIES, NOW), expected)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(histories())
 def test_evidence_that_was_taken_back_was_never_there(rows: list[Attempt]) -> None:
     spans = [(a.facts["lane"], a.facts["from_ms"], a.facts["to_ms"]) for a in rows if a.outcome == "void"]
@@ -458,7 +458,7 @@ def test_evidence_that_was_taken_back_was_never_there(rows: list[Attempt]) -> No
     pd.testing.assert_frame_equal(fold(table_of(left), POLICIES, NOW), fold(table_of(rows), POLICIES, NOW))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(histories())
 def test_what_is_not_counted_never_makes_a_clip_lost(rows: list[Attempt]) -> None:
     ours = [a for a in rows if a.outcome == "failed" and not POLICIES[a.reason].is_counted]

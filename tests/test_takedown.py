@@ -434,6 +434,7 @@ def assert_finished(corpus: Corpus, gone: set[str]) -> None:
             }
 
 
+@pytest.mark.slow
 def test_a_takedown_that_is_killed_is_finished_by_the_next(fresh: Any) -> None:
     total = 10_000 - (run_until(fresh("whole"), 10_000, DASH, TWO_A) or 0)
     assert total > 30

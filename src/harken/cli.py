@@ -8,6 +8,7 @@ import json
 import shutil
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from harken import __version__, acquire
-from harken.config import Config, Paths, load, params_path, read_params
+from harken.config import Config, Paths, load, params_path, parse, read_params
 from harken.engines import n_cores
 from harken.errors import ConfigError, DataError, HarkenError, unknown
 from harken.stages import STAGES, config_class
@@ -244,35 +245,75 @@ def _check_params() -> list[dict[str, str]]:
 @app.command(epilog='Example: harken search "a dog barks, then a bell rings"')
 def search(
     sentence: Annotated[str, typer.Argument(help="What the sound is like.")],
-    run: Annotated[str | None, typer.Option(help="A fine-tuned run; the first one if not given.")] = None,
+    run: Annotated[str | None, typer.Option(help="A run of finetune or train; the first one if not given.")] = None,
     k: Annotated[int, typer.Option("-k", help="How many clips.")] = 5,
     as_json: AsJson = False,
 ) -> None:
-    """The clips of the test gallery that sound most like a sentence, by a fine-tuned run."""
-    from harken.models import clip
-    from harken.search import index, query
-    from harken.stages.embed import EmbedConfig
-    from harken.stages.weights import load_clip
+    """The clips of the test gallery that sound most like a sentence, by a run of finetune or train.
+
+    Where the run reads a clip by the text, each hit has a strip of how much it reads of each frame, and its peak.
+    """
+    from harken.search import index, query, text_aware
+    from harken.search.folder import is_text_aware
 
     if not sentence.strip():
         raise ConfigError('the sentence is empty. Say what to look for, e.g. "a dog barks".')
     paths = load("paths", Paths)
-    folder = paths.evaluations / "index" / "finetune"
-    known = sorted(p.name for p in folder.glob("*")) if folder.is_dir() else []
+    root = paths.evaluations / "index"
+    folders = [f for stage in ("finetune", "train") for f in sorted((root / stage).glob("*"))]
+    times = Counter(f.name for f in folders)
+    known = {f.name if times[f.name] == 1 else f"{f.parent.name}/{f.name}": f for f in folders}
     if not known:
-        raise DataError(f"{folder}: no index. Run `dvc repro evaluate` with at least one finetune recipe first.")
+        raise DataError(f"{root}: no index. Run `dvc repro evaluate` with at least one finetune or train recipe first.")
     if run is not None and run not in known:
-        raise unknown(f"{folder}: runs", run, known)
-    prompt = load("embed", EmbedConfig).prompt
-    text = clip.text_embeddings(load_clip(paths.weights), [prompt + sentence]).numpy()[0]
-    hits = query.search(index.load(folder / (run or known[0])), text, k)
+        raise unknown(f"{root}: runs", run, known)
+    folder = known[run or next(iter(known))]
+    text = _clip_text(paths, sentence) if folder.parent.name == "finetune" else _run_text(paths, folder.name, sentence)
+    frame_s: float | None = None
+    hits: Sequence[query.Hit]
+    if is_text_aware(folder):
+        found = text_aware.load(folder)
+        hits, frame_s = text_aware.search(found, text, k), found.frame_s
+    else:
+        hits = query.search(index.load(folder), text, k)
     if as_json:
-        print(
-            json.dumps([{"clip_id": h.clip_id, "score": h.score, "captions": list(h.captions)} for h in hits], indent=1)
-        )
+        print(json.dumps([_told(h, frame_s) for h in hits], indent=1))
         return
     for h in hits:
         out.print(f"{h.score:6.3f}  {h.clip_id}  {h.captions[0] if h.captions else ''}", markup=False)
+        if isinstance(h, text_aware.TimedHit):
+            out.print(" " * 8 + text_aware.strip(h.weights, frame_s), markup=False, highlight=False, soft_wrap=True)
+
+
+def _clip_text(paths: Paths, sentence: str) -> Any:
+    """The sentence by CLIP's text tower, as runs of finetune were trained with."""
+    from harken.models import clip
+    from harken.stages.embed import EmbedConfig
+    from harken.stages.weights import load_clip
+
+    prompt = load("embed", EmbedConfig).prompt
+    return clip.text_embeddings(load_clip(paths.weights), [prompt + sentence]).numpy()[0]
+
+
+def _run_text(paths: Paths, run: str, sentence: str) -> Any:
+    """The sentence by the text tower of a run of train."""
+    import torch
+
+    from harken.stages.train import ModelConfig, build_model
+    from harken.training.runs import load_model, runs_in
+
+    told = {r["run"]: r for r in runs_in(paths.trained)}
+    if run not in told:
+        raise unknown(f"{paths.trained}: runs", run, told)
+    model, tokenize = build_model(paths.weights, parse(f"{run}: model", ModelConfig, told[run]["model"]))
+    load_model(paths.trained, run, model)
+    with torch.inference_mode():
+        return model.encode_text(tokenize([sentence])).numpy()[0]
+
+
+def _told(hit: Any, frame_s: float | None) -> dict[str, Any]:
+    told = {"clip_id": hit.clip_id, "score": hit.score, "captions": list(hit.captions)}
+    return told | {"weights": list(hit.weights), "frame_s": frame_s} if hasattr(hit, "weights") else told
 
 
 @app.command(epilog="Example: harken vipant bimodal_16x24_00071478.pth")
@@ -295,6 +336,35 @@ def vipant(
         return
     for key, value in facts.items():
         print(f"{key:<16}  {', '.join(value) if isinstance(value, list) else value}")  # a hash stays on its line
+
+
+@app.command(
+    "import-frames", epilog="Example: harken import-frames laion.parquet --into data/frames/laion --frame-s 0.32"
+)
+def import_frames(
+    source: Annotated[Path, typer.Argument(help="A Parquet file or a folder of them, a folder of .npy, or an .npz.")],
+    into: Annotated[Path, typer.Option(help="The folder to fill; an earlier import in it is replaced.")],
+    texts: Annotated[Path | None, typer.Option(help="A Parquet file of the captions' embeddings.")] = None,
+    frame_s: Annotated[float | None, typer.Option(help="Seconds from one frame to the next.")] = None,
+    dtype: Annotated[str, typer.Option(help="float16 or float32: how frames are kept.")] = "float16",
+    as_json: AsJson = False,
+) -> None:
+    """Take in the frames that another encoder made of the clips, and train on them: prints the recipe to do so."""
+    from harken.clips import Manifest
+    from harken.media import frames
+
+    paths = load("paths", Paths)
+    manifest = Manifest.read(paths.manifest) if (paths.manifest / "clips.parquet").is_file() else None
+    known = None if manifest is None else set(manifest.table["clip_id"].to_pylist())
+    found = frames.import_frames(source, into, dtype=dtype, frame_s=frame_s, texts=texts, known=known)
+    splits = [] if manifest is None else frames.coverage(into, manifest)
+    recipe = frames.recipe(found, splits)
+    if as_json:
+        print(json.dumps({**found.to_dict(), "splits": splits, "recipe": recipe}, indent=1))
+        return
+    for line in frames.describe(found, splits):
+        out.print(line, markup=False, soft_wrap=True)
+    print(f"Next, in params.yaml, a line of train.recipes; then `dvc repro`:\n{recipe}")  # on one line, to be copied
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from harken.attempts import Attempt, AttemptLog, new_id
 from harken.clips import Manifest
 from harken.config import Paths
 from harken.errors import ConfigError, DataError, nearest
+from harken.search import folder as text_aware
 from harken.search import index
 from harken.shards import OK, OUTCOME, DenseArray, Outcome, ShardWriter, atomic, facts, feed, shard_path
 
@@ -273,12 +274,13 @@ def _event(stone: Tombstone, run_id: str) -> Attempt:
 
 def _folders(paths: Paths) -> list[tuple[Path, bool]]:
     """Every folder of shards, published and scratch, and whether a clip that goes stays there as a failed row."""
-    return [
+    found = [
         (folder, stays)
         for published, stage, stays in _SHARDED
         for folder in (getattr(paths, published), paths.work / stage)
         if folder.is_dir()
     ]
+    return [*found, *((folder, False) for folder in sorted((paths.work / "train-frames").glob("*")) if folder.is_dir())]
 
 
 def _shards(folder: Path) -> list[int]:
@@ -459,6 +461,8 @@ def _drop_members(archives: Path, stones: Iterable[Tombstone]) -> dict[str, int]
 
 
 def _drop_from_index(folder: Path, gone: Collection[str]) -> int:
+    if text_aware.is_text_aware(folder):
+        return text_aware.drop(folder, gone)
     if not (folder / index.FACTS).is_file():  # the takedown before this one was killed here
         for name in (index.EMBEDDINGS, index.CLIPS):
             (folder / name).unlink(missing_ok=True)

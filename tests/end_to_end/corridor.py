@@ -44,6 +44,9 @@ WORLD = {
     "fps": 10,
     "unavailable": 0.15,
     "broken": 0.15,
+    "n_sounds": None,
+    "sound_s": None,
+    "background_db": [-50.0, -40.0],
 }
 
 
@@ -56,6 +59,7 @@ def tiny_params() -> dict[str, Any]:
     shape |= {"embed_dim": 16, "text_width": 32, "text_layers": 1, "context_length": 16}
     p["weights"]["clip"] |= {"shape": shape, "n_pairs": 32, "steps": 4, "batch": 16}
     p["weights"]["bert"] |= {"dim": 16, "layers": 1, "heads": 2, "max_tokens": 64}
+    p["weights"]["bert"]["masked"] |= {"n_captions": 40, "steps": 3, "batch": 8}
     p["extract"]["image_short_side"] = 32
     p["pretrain"] |= {"vit": {"n_frames": 200, "stride": [16, 32]}}
     p["pretrain"] |= {"augment": {"freq_mask": 8, "time_mask": 20, "roll": True, "gain_db": 4.0}}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 
@@ -12,6 +14,7 @@ from harken.evaluation.protocols import (
     audio_to_image,
     audio_to_text,
     audio_to_text_grouped,
+    dual_softmax,
     image_to_audio,
     text_to_audio,
 )
@@ -153,3 +156,83 @@ def test_directions_of_the_image_task_are_transposes() -> None:
     assert audio_to_image(sim).scores[0].tolist() == [0.9, 0.95]
     with pytest.raises(ConfigError, match="found"):
         image_to_audio(np.zeros((2, 3)))
+
+
+def literal_dual_softmax(sim: np.ndarray, omega: float) -> tuple[np.ndarray, np.ndarray]:
+    """Each similarity times its share of its column (t2a) or row (a2t), one number after another."""
+    n, m = sim.shape
+    t2a, a2t = np.empty((n, m)), np.empty((n, m))
+    for i in range(n):
+        for j in range(m):
+            column = sum(math.exp(omega * sim[k, j]) for k in range(n))
+            row = sum(math.exp(omega * sim[i, k]) for k in range(m))
+            t2a[i, j] = sim[i, j] * math.exp(omega * sim[i, j]) / column
+            a2t[i, j] = sim[i, j] * math.exp(omega * sim[i, j]) / row
+    return t2a, a2t
+
+
+def cosines(n: int, m: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).uniform(-1, 1, (n, m))
+
+
+@pytest.mark.parametrize("omega", [0.1, 1.0, 1 / 0.07])
+@pytest.mark.parametrize(("n", "m"), [(7, 3), (3, 7), (4, 4), (1, 5), (5, 1)])
+def test_dual_softmax_equals_its_literal_twin(omega: float, n: int, m: int) -> None:
+    sim = cosines(n, m)
+    before = sim.copy()
+    for found, expected in zip(dual_softmax(sim, omega), literal_dual_softmax(sim, omega), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-12)
+    assert np.array_equal(sim, before)
+
+
+def test_the_priors_sum_to_one_over_texts_for_t2a_and_over_clips_for_a2t() -> None:
+    sim = cosines(7, 3)
+    t2a, a2t = dual_softmax(sim, 5.0)
+    np.testing.assert_allclose((t2a / sim).sum(0), 1)
+    np.testing.assert_allclose((a2t / sim).sum(1), 1)
+    assert (t2a / sim).sum(1) != pytest.approx(1)
+
+
+def test_dual_softmax_of_the_transpose_is_the_other_direction() -> None:
+    sim = cosines(7, 3)
+    (t2a, a2t), (other, one) = dual_softmax(sim, 5.0), dual_softmax(sim.T, 5.0)
+    np.testing.assert_allclose(t2a, one.T)
+    np.testing.assert_allclose(a2t, other.T)
+
+
+def test_the_prior_does_not_see_what_all_of_a_clip_s_texts_share() -> None:
+    """A clip that every text likes a little more has a larger similarity, but the same prior."""
+    sim = cosines(7, 3)
+    liked = sim + np.array([0.0, 0.4, 0.0])
+    np.testing.assert_allclose(dual_softmax(liked, 9.0)[0] / liked, dual_softmax(sim, 9.0)[0] / sim, rtol=1e-9)
+
+
+def test_the_prior_takes_a_hub_from_those_that_are_not_its_own() -> None:
+    """Clip 0 is the nearest to every text, but least of all to text 1: the prior gives that text its own clip."""
+    sim = np.array([[0.9, 0.1], [0.6, 0.5]])
+    assert recall(text_to_audio(sim, [0, 1]), 1) == 50
+    t2a, _ = dual_softmax(sim, 1 / 0.07)
+    assert recall(text_to_audio(t2a, [0, 1]), 1) == 100
+
+
+def test_a_weak_prior_leaves_the_ranks_as_they_are() -> None:
+    """ω near 0: all priors are 1 / n, which orders nothing anew."""
+    sim = cosines(7, 3)
+    t2a, a2t = dual_softmax(sim, 1e-9)
+    np.testing.assert_allclose(t2a, sim / 7, rtol=1e-8)
+    np.testing.assert_allclose(a2t, sim / 3, rtol=1e-8)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_a_strong_prior_leaves_the_largest_alone(dtype: type) -> None:
+    sim = cosines(7, 3).astype(dtype)
+    with np.errstate(all="raise", under="ignore"):
+        t2a, a2t = dual_softmax(sim, 1e6)
+    np.testing.assert_array_equal(t2a, np.where(sim == sim.max(0), sim, 0.0))
+    np.testing.assert_array_equal(a2t, np.where(sim == sim.max(1, keepdims=True), sim, 0.0))
+
+
+@pytest.mark.parametrize("omega", [0.0, -1.0, float("nan")])
+def test_a_prior_without_a_scale_is_refused(omega: float) -> None:
+    with pytest.raises(ConfigError, match=r"prior_scale is .*; it must be above 0, such as 1 / temperature"):
+        dual_softmax(cosines(2, 2), omega)

@@ -54,6 +54,16 @@ def test_a_caption_beyond_the_limit_is_refused_and_not_cut(bert: Bert) -> None:
         bert.tokenize(["dog " * 40])
 
 
+@pytest.mark.parametrize("empty", ["", "  ", "...", ' ,;:"!? ', "\n\t"])
+def test_a_caption_that_says_nothing_is_refused_and_its_place_told(empty: str, bert: Bert) -> None:
+    """It would be [CLS] [SEP], the same embedding for all such, and a clip's positive."""
+    with pytest.raises(DataError, match=r"caption 1 of 3 is empty: .*\. Say what is heard\."):
+        bert.tokenize([CAPTIONS[0], empty, ""])
+    with pytest.raises(DataError, match="caption 0 of 1 is empty"):
+        bert.embed([empty])
+    assert bert.tokenize(["a", "-", "7"])["input_ids"].shape == (3, 3)
+
+
 def test_saved_and_loaded_it_is_the_same(bert: Bert, tmp_path: Path) -> None:
     bert.save(tmp_path / "bert")
     back = Bert.pretrained(tmp_path / "bert", dropout=0.1).eval()

@@ -145,11 +145,11 @@ def test_maxsim_takes_the_first_of_equals_and_does_not_see_length() -> None:
 def test_xpool_has_x_pool_s_parameters_and_start() -> None:
     pool = POOLINGS["xpool"](dim=512)
     assert sum(p.numel() for p in pool.parameters()) == 1_316_352
-    for projection in (pool.attention.query, pool.attention.key, pool.attention.value, pool.attention.out, pool.fc):
+    for projection in (pool.tap.query, pool.tap.key, pool.tap.value, pool.tap.out, pool.fc):
         assert torch.equal(projection.weight, torch.eye(512))
         assert not projection.bias.any()
     narrow = POOLINGS["xpool"](dim=DIM, dp=12)
-    assert narrow.attention.query.weight.shape == (12, DIM)
+    assert narrow.tap.query.weight.shape == (12, DIM)
     assert torch.equal(narrow.fc.weight, torch.eye(DIM))
     assert narrow.dropout.p == 0.3
 
@@ -157,7 +157,7 @@ def test_xpool_has_x_pool_s_parameters_and_start() -> None:
 def test_xpool_is_tap_and_a_residual() -> None:
     frames, mask, texts = data()
     pool = build("xpool")
-    x = pool.attention(frames, mask, texts)
+    x = pool.tap(frames, mask, texts)
     torch.testing.assert_close(pool(frames, mask, texts), pool.ln_fc(x + x @ pool.fc.weight.T + pool.fc.bias))
     torch.nn.init.zeros_(pool.fc.weight)
     torch.nn.init.zeros_(pool.fc.bias)

@@ -143,7 +143,7 @@ def test_an_index_scores_texts_and_prepared_texts_alike(case) -> None:
 def test_a_clip_of_padding_alone_is_refused(case) -> None:
     pool, texts, frames, mask = case
     mask[4] = False
-    if getattr(getattr(pool, "attention", pool), "key_mask", True):
+    if getattr(getattr(pool, "tap", pool), "key_mask", True):
         with pytest.raises(DataError, match="no valid frame"):
             score_matrix(texts, frames, mask, pool)
     else:  # it attends to padding

@@ -1,4 +1,4 @@
-"""The audio tower: where its segments come from, and what a text meets of them."""
+"""The audio tower: where its segments come from, and what a text meets of them. Paper A's towers, and what rests."""
 
 from __future__ import annotations
 
@@ -8,12 +8,27 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from harken.errors import ConfigError, DataError
 from harken.models.audio_vit import AudioViT
+from harken.models.features import AudioFeatures
+from harken.models.losses import LearnedTemperature
 from harken.models.matching import MATCHES
-from harken.models.towers import AT_POOLS, DIVISIONS, AudioTower, frames_of_pass, text_similarity, window_starts
+from harken.models.panns import Cnn14
+from harken.models.pooling import POOLINGS
+from harken.models.towers import (
+    AT_POOLS,
+    DIVISIONS,
+    PRE_PROJECTION,
+    AudioTower,
+    StoredFrames,
+    StoredTexts,
+    TextAudio,
+    frames_of_pass,
+    text_similarity,
+    window_starts,
+)
 
 N_FRAMES = 400
 ENDPOINTS = (0.0, 1 / 3, 2 / 3, 1.0)
@@ -277,3 +292,92 @@ def test_text_meets_single_precision_under_autocast(either: AudioTower) -> None:
 def test_the_vit_is_built_for_what_it_sees_at_once() -> None:
     assert [frames_of_pass(1000, 4, d) for d in DIVISIONS] == [250, 1000, 250]
     assert {frames_of_pass(1000, 1, d) for d in DIVISIONS} == {1000}
+
+
+# ------------------------------------------------------------------------------------------------- paper A's model
+
+SAID = ["rain falls", "a dog barks"]
+
+
+def stored_texts() -> StoredTexts:
+    return StoredTexts(SAID, torch.randn(2, 5, generator=torch.Generator().manual_seed(1)), "here/texts")
+
+
+def text_audio(pooling: str = "mean", audio: nn.Module | None = None, **options) -> TextAudio:
+    torch.manual_seed(0)
+    audio = audio or StoredFrames(6)
+    dims = {"audio": audio.dim, "text": 5, "hidden": 16, "joint": 8}
+    pool = POOLINGS[pooling](dim=audio.dim if pooling in PRE_PROJECTION else 8)
+    return TextAudio(audio, stored_texts(), pool, pooling, dims, **options)
+
+
+def test_stored_frames_are_given_back() -> None:
+    frames, valid = torch.randn(2, 3, 6), torch.tensor([[True, True, True], [True, False, False]])
+    found = StoredFrames(6)(frames, valid)
+    assert found.summary is None
+    assert found.frames is frames
+    assert found.mask is valid
+    assert list(StoredFrames(6).state_dict()) == []
+
+
+def test_stored_texts_are_found_by_their_caption_and_are_not_in_a_checkpoint() -> None:
+    texts = stored_texts()
+    whole = texts(texts.tokenize(SAID))
+    assert texts.dim == 5
+    assert torch.equal(texts(texts.tokenize([SAID[1], SAID[0], SAID[1]])), whole[[1, 0, 1]])
+    assert whole.dtype == torch.float32
+    assert StoredTexts(SAID, whole.half(), "x").tokenize(SAID)["embedding"].dtype == torch.float32
+    assert list(texts.state_dict()) == []
+
+
+def test_a_caption_that_was_not_imported_is_named() -> None:
+    with pytest.raises(DataError, match=r"here/texts: 2 .*no embedding, .*first 'Rain falls'.*to the letter"):
+        stored_texts().tokenize([SAID[0], "Rain falls", "a cat"])
+
+
+def norms(model: nn.Module) -> list[Tensor]:
+    return [b.clone() for n, b in model.named_buffers() if "running" in n]
+
+
+@pytest.mark.parametrize("learns", [True, False])
+@pytest.mark.parametrize("compat", [True, False])
+def test_a_tower_without_trainable_weights_rests_unless_it_is_to_be_as_in_mei_et_al(compat: bool, learns: bool) -> None:
+    audio = Cnn14(n_classes=2, width=1, block6_pool=1)
+    model = text_audio(audio=audio, frozen_in_training_mode=compat)
+    audio.requires_grad_(learns)
+    assert model.train() is model
+    is_awake = learns or compat
+    assert model.training
+    assert model.pooling.training
+    assert {m.training for m in audio.modules()} == {is_awake}
+    assert model.text.training is compat, "it has no weights at all"
+    before, heard = norms(audio), (torch.randn(2, 64, 64), torch.ones(2, 64, dtype=torch.bool))
+    one, again = (model.encode_audio(*heard).frames for _ in range(2))
+    assert torch.equal(one, again) is not is_awake, "dropout and SpecAugment"
+    assert all(torch.equal(a, b) for a, b in zip(before, norms(audio), strict=True)) is not is_awake
+    assert not any(m.training for m in model.eval().modules())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("pooling", sorted(POOLINGS))
+def test_what_is_encoded_is_what_is_heard_and_projected(pooling: str) -> None:
+    audio = Cnn14(n_classes=2, width=1, block6_pool=1)
+    model = text_audio(pooling, audio).eval()
+    heard, valid = torch.randn(2, 128, 64), torch.arange(128) < torch.tensor([[128], [70]])
+    frames = model.audio(heard, valid)
+    found, expected = model.encode_audio(heard, valid), model.project(frames)
+    assert torch.equal(found.frames, expected.frames)
+    assert torch.equal(found.mask, expected.mask)
+    assert found.frames.shape == (2, 1 if pooling in PRE_PROJECTION else 4, 8)
+    text = model.encode_text(model.text.tokenize(SAID))
+    torch.testing.assert_close(model.score(text, found), model.similarity(text, found), atol=1e-5, rtol=1e-5)
+    junk = AudioFeatures(None, frames.frames.masked_fill(~frames.mask[..., None], 1e3), frames.mask)
+    torch.testing.assert_close(model.score(text, model.project(junk)), model.score(text, found), atol=1e-5, rtol=1e-5)
+
+
+def test_a_temperature_is_the_model_s_own_and_is_kept_with_it() -> None:
+    model = text_audio(temperature=LearnedTemperature(0.07))
+    assert {k for k in model.state_dict() if k.startswith("temp")} == {"temperature.log_scale"}
+    assert any(p is model.temperature.log_scale for p in model.parameters())
+    assert text_audio().temperature is None
+    assert not [k for k in text_audio().state_dict() if k.startswith("temp")]

@@ -79,7 +79,7 @@ def normed(v: Vector, ln: torch.nn.LayerNorm) -> Vector:
 
 def xpool(text: Vector, frames: Matrix, pool: torch.nn.Module) -> Vector:
     """X-Pool's block for one text and one clip, in evaluation (Gorti et al. 2022)."""
-    a = pool.attention
+    a = pool.tap
     q = linear(normed(text, a.ln_audio), a.query)
     keys = [linear(normed(f, a.ln_audio), a.key) for f in frames]
     values = [linear(normed(f, a.ln_audio), a.value) for f in frames]

@@ -209,6 +209,7 @@ def test_media_that_were_lost_are_fetched_again_once_or_told_to_be_gone(make_lab
     assert all(lab.reasons()[k] == "" for k in ok - {gone})
 
 
+@pytest.mark.slow
 def test_what_was_given_up_is_asked_for_in_a_new_round_and_verdicts_are_rechecked(make_lab: Callable[..., Lab]) -> None:
     lab = make_lab(60)
     for day in range(0, 30, 5):
@@ -244,6 +245,7 @@ def test_the_order_of_asking_is_the_same_every_time_and_small_splits_come_first(
     assert download.in_order(lab.paths)["clip_id"].tolist() == order["clip_id"].tolist()
 
 
+@pytest.mark.slow
 def test_other_lists_keep_the_media_that_are_here(make_lab: Callable[..., Lab]) -> None:
     lab = make_lab(60)
     lab.run()
@@ -259,6 +261,7 @@ def test_other_lists_keep_the_media_that_are_here(make_lab: Callable[..., Lab]) 
     assert set(lab.asked()) <= {c.source.key for c in fewer if c.id not in media}
 
 
+@pytest.mark.slow
 def test_what_other_settings_would_judge_otherwise_is_asked_again(make_lab: Callable[..., Lab]) -> None:
     lab = make_lab(60)
     lab.run()
@@ -322,6 +325,7 @@ def slandered(lab: Lab, kinds: dict[str, str]) -> set[str]:
     return {k for k in private if KINDS[kinds[k]].reason != "gone.private"}
 
 
+@pytest.mark.slow
 def test_what_failed_while_the_canaries_failed_is_no_evidence(make_lab: Callable[..., Lab]) -> None:
     lab = make_lab(60)
     kinds = dict(lab.site._kinds)
@@ -399,6 +403,7 @@ def test_twenty_kills_change_nothing(make_lab: Callable[..., Lab], tmp_path: Pat
     assert lab.reasons() == {p.key: lab.site.reason_at(p.key, 48.0) for p in lab.site.planted}
 
 
+@pytest.mark.slow
 def test_two_workers_share_what_one_would_do(make_lab: Callable[..., Lab], monkeypatch: pytest.MonkeyPatch) -> None:
     lab = make_lab(60)
     monkeypatch.setenv("HARKEN_WORKERS", "2")

@@ -256,6 +256,7 @@ def test_another_runtime_makes_them_stale(paths: Paths) -> None:
     assert asked(paths, runtime="openvino") == ALL
 
 
+@pytest.mark.slow
 def test_openvino_embeds_the_same_to_rounding(paths: Paths) -> None:
     pytest.importorskip("openvino", reason="it comes with the extra `cpu`")
     run(paths)

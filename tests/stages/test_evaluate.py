@@ -31,7 +31,9 @@ from harken.world.truth import ClipTruth
 N_FRAMES = 1000
 ENDS = [0.0, 10 / 3, 20 / 3, 9.9]
 NEAREST = {"easy": 2, "right": 1, "wrong": 2, "unseen": 0, "held_out": 3, "test_1": 0, "test_2": 1}
-CFG = evaluate.EvaluateConfig(ks=[1], n_resamples=20, level=0.95, images=["mid"], zero_shot=[], at_pool="mean")
+CFG = evaluate.EvaluateConfig(
+    ks=[1], n_resamples=20, level=0.95, images=["mid"], zero_shot=[], at_pool="mean", prior_scale=None
+)
 
 
 def truths() -> dict[str, ClipTruth]:

@@ -130,6 +130,7 @@ def test_flags_are_judged_again_without_decoding(
     assert quality.counts(paths.features)["frozen"] == 4
 
 
+@pytest.mark.slow
 def test_a_limit_ends_clips_alone_and_only_their_shard_is_made_again(
     clips: dict[str, dict[str, Any]], paths: Paths, monkeypatch: pytest.MonkeyPatch
 ) -> None:

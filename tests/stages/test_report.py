@@ -23,12 +23,15 @@ from harken.stages.evaluate import EvaluateConfig, Sheet
 
 N = 60
 IDS = [f"clip{i:02d}" for i in range(N)]
-MEASURED = EvaluateConfig(ks=[1, 5], n_resamples=50, level=0.95, images=["mid"], zero_shot=[], at_pool="mean")
+MEASURED = EvaluateConfig(
+    ks=[1, 5], n_resamples=50, level=0.95, images=["mid"], zero_shot=[], at_pool="mean", prior_scale=None
+)
 ASKED: dict[str, Any] = {
     "title": "A test",
     "metrics": ["R@1", "R@5"],
     "chance_factor": 10.0,
     "planted_percent": 95.0,
+    "onset_frames": 1.0,
     "compare": [["good (mid)", "poor (mid)"]],
     "compare_planted": [["good", "poor"]],
     "n_resamples": 300,

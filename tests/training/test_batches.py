@@ -428,3 +428,113 @@ def test_an_order_by_shards_is_a_whole_shuffle_where_all_fit_at_once() -> None:
     (group,) = ShardOrder(np.arange(20) % 5, 5, 4, 7).groups(0)
     assert sorted(group.tolist()) == list(range(20))
     assert group.tolist() != sorted(group.tolist())
+
+
+# -------------------------------------------------------------------------------------------- epochs of captions
+
+
+def owners(counts: Sequence[int]) -> np.ndarray:
+    """(caption,): the clip of each where clip i has so many, as Captions.clip_of."""
+    return np.repeat(np.arange(len(counts)), counts)
+
+
+def of_captions(counts: Sequence[int], batch: int, seed: int = 7, **options: Any) -> Order:
+    clips = owners(counts)
+    return Order(len(clips), batch, seed, clips=clips, **options)
+
+
+def can_be(counts: Sequence[int], batch: int) -> bool:
+    """Whether captions can lie in batches without a clip twice (Gale and Ryser 1957)."""
+    full, rest = divmod(sum(counts), batch)
+    sizes, most = [batch] * full + [rest] * (rest > 0), sorted(counts, reverse=True)
+    return all(sum(most[:k]) <= sum(min(s, k) for s in sizes) for k in range(1, len(most) + 1))
+
+
+@given(st.lists(st.integers(1, 6), min_size=1, max_size=9), st.data(), some, some, st.booleans())
+def test_an_epoch_of_captions_has_each_once_and_no_clip_twice_in_a_batch(
+    counts: list[int], data: st.DataObject, seed: int, epoch: int, drop_last: bool
+) -> None:
+    batch = data.draw(st.integers(1, len(counts)))
+    order = of_captions(counts, batch, seed, drop_last=drop_last)
+    if not can_be(counts, batch):
+        with pytest.raises(ConfigError, match=rf"No order of these captions has batches of {batch} without a clip"):
+            list(order.epoch(epoch))
+        return
+    batches = list(order.epoch(epoch))
+    n = sum(counts)
+    assert [len(b) for b in batches] == [batch] * (n // batch) + [n % batch] * (not drop_last and n % batch > 0)
+    assert len(batches) == order.steps_per_epoch
+    seen = np.concatenate(batches)
+    assert len(set(seen.tolist())) == len(seen)
+    assert set(seen.tolist()) <= set(range(n))
+    clips = owners(counts)
+    assert all(len(set(clips[b].tolist())) == len(b) for b in batches)
+    for first in range(len(batches) + 1):
+        left = list(order.epoch(epoch, first))
+        assert len(left) == len(batches) - first
+        assert all(map(np.array_equal, left, batches[first:]))
+
+
+@pytest.mark.parametrize(("counts", "batch"), [([2, 1, 3, 1], 3), ([7, 6, 5, 1], 3), ([1, 2, 3, 2, 1, 4, 3, 2, 1], 6)])
+def test_what_can_be_is_found_in_every_epoch(counts: list[int], batch: int) -> None:
+    """An order that is found in most epochs only would end a run in its middle."""
+    order = of_captions(counts, batch)
+    for epoch in range(300):
+        found = np.concatenate(list(order.epoch(epoch)))
+        assert sorted(found.tolist()) == list(range(sum(counts)))
+
+
+def test_an_epoch_of_captions_is_a_function_of_seed_and_number() -> None:
+    counts = [5, 3, 1, 5, 4, 2, 5, 5]
+    order = of_captions(counts, 4)
+    first = np.concatenate(list(order.epoch(0)))
+    assert np.array_equal(np.concatenate(list(of_captions(counts, 4).epoch(0))), first)
+    assert not np.array_equal(np.concatenate(list(order.epoch(1))), first)
+    assert not np.array_equal(np.concatenate(list(of_captions(counts, 4, 8).epoch(0))), first)
+
+
+def test_the_order_of_captions_is_the_same_in_every_process_and_release() -> None:
+    found = hashlib.sha256()
+    for counts, batch in (([5] * 200, 32), ([1, 2, 3, 2, 1, 4, 3, 2, 1], 6)):
+        for epoch in (0, 3):
+            for items in of_captions(counts, batch, 20).epoch(epoch):
+                found.update(items.astype("<i8").tobytes())
+    assert found.hexdigest()[:16] == "1afdf5c943823db9", "results that were published can no longer be had again"
+
+
+def test_a_clip_s_captions_lie_evenly_over_the_epoch() -> None:
+    order, clips = of_captions([5] * 60, 12), owners([5] * 60)
+    for epoch in range(3):
+        laps = np.concatenate(list(order.epoch(epoch))).reshape(5, 60)
+        assert all(sorted(clips[lap].tolist()) == list(range(60)) for lap in laps)
+        companions = [tuple(sorted(clips[b].tolist())) for b in order.epoch(epoch)]
+        assert len(set(companions)) == len(companions)
+
+
+def test_which_caption_comes_first_is_chance() -> None:
+    firsts = []
+    for epoch in range(600):
+        seen = np.concatenate(list(of_captions([3, 3, 3], 3).epoch(epoch)))
+        firsts.append(int(seen[seen < 3][0]))
+    assert (abs(np.bincount(firsts, minlength=3) - 200) < 50).all()
+
+
+def test_processes_share_each_batch_of_captions() -> None:
+    counts = [5, 3, 1, 5, 4, 2, 5, 5]
+    whole = list(of_captions(counts, 4, drop_last=True).epoch(2))
+    parts = [list(of_captions(counts, 4, drop_last=True, rank=r, world=2).epoch(2)) for r in range(2)]
+    assert all(np.array_equal(np.concatenate(p), w) for w, *p in zip(whole, *parts, strict=True))
+
+
+def test_more_captions_of_different_clips_than_there_are_clips_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"Batches of 4 captions of different clips need as many clips, found 3\."):
+        of_captions([5, 5, 5], 4)
+
+
+def test_the_longest_clips_and_those_that_are_long_enough(folder: Path) -> None:
+    features = Features(folder, "fbank")
+    assert (features.all, features.most_rows) == ({"a", "b", "c", "d"}, 7)
+    assert features.at_least(0) == features.all
+    assert features.at_least(5) == {"c", "d"}
+    assert features.at_least(6) == {"c"}
+    assert features.at_least(8) == frozenset()

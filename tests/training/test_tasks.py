@@ -18,27 +18,31 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 from harken.errors import DataError
 from harken.evaluation.metrics import retrieval_metrics
 from harken.evaluation.protocols import PROTOCOLS
 from harken.models.audio_vit import AudioViT
 from harken.models.features import Part
-from harken.models.losses import infonce
+from harken.models.losses import LearnedTemperature, infonce, nt_xent
 from harken.models.matching import MATCHES
-from harken.models.towers import AudioTower
+from harken.models.panns import Cnn14
+from harken.models.pooling import POOLINGS
+from harken.models.towers import AudioTower, TextAudio
 from harken.shards import ShardWriter
 from harken.training.batches import Features, Order
 from harken.training.compute import ComputeConfig, Encode
 from harken.training.loop import Plan, fit
 from harken.training.optim import OptimizerConfig, build
 from harken.training.tasks import (
+    SILENCE_DB,
     AudioImage,
     AudioText,
     AugmentConfig,
     Captions,
     FbankInput,
+    TextToAudio,
     contrast,
     embed_clips,
     shared_infonce,
@@ -360,3 +364,189 @@ def test_perfect_embeddings_have_full_marks(features: Features) -> None:
         score = task.validate()
     assert score["val_a2t_R@1"] == 100.0
     assert score["score"] == score["val_t2a_R@1"] + score["val_a2t_R@1"]
+
+
+# ------------------------------------------------------------------------------------------------ paper A's task
+
+ROWS = [300, 96, 130, 64, 300, 200, 32, 255, 70, 300]  # log-mel rows of each clip; 32 of them make a frame
+
+
+def logmels(folder: Path, rows: list[int] = ROWS, tail: float | None = None) -> Features:
+    """Features of IDS; with `tail` each goes on for 64 rows of that value."""
+    with ShardWriter(folder, 0, fingerprint="f", columns={}, arrays={"logmel": (64, "float32")}) as out:
+        for i, n in enumerate(rows):
+            values = 10 * np.random.default_rng(i).standard_normal((n, 64)) - 40
+            out.write(IDS[i], logmel=values if tail is None else np.r_[values, np.full((64, 64), tail)])
+    return Features(folder, "logmel")
+
+
+@pytest.fixture(scope="module")
+def heard(tmp_path_factory: pytest.TempPathFactory) -> Features:
+    return logmels(tmp_path_factory.mktemp("logmels"))
+
+
+class Letters(nn.Module):
+    """A text tower without dropout: the mean of an embedding for each byte."""
+
+    dim = 6
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = nn.EmbeddingBag(128, self.dim)
+
+    def forward(self, tokens: dict[str, Tensor]) -> Tensor:
+        found: Tensor = self.bytes(tokens["ids"], tokens["first"])
+        return found
+
+
+def spelt(texts: Any) -> dict[str, Tensor]:
+    ids = [list(t.encode()) for t in texts]
+    firsts = np.cumsum([0, *map(len, ids[:-1])])
+    return {"ids": torch.tensor([i for t in ids for i in t]), "first": torch.from_numpy(firsts)}
+
+
+def text_audio(pooling: str = "tap", temperature: LearnedTemperature | None = None) -> TextAudio:
+    """In evaluation mode, with batch norms that have met log-mels: else the deepest frames would all be about 0."""
+    torch.manual_seed(0)
+    audio = Cnn14(n_classes=2, width=2, block6_pool=1, dropout=0.0)
+    for m in audio.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            m.momentum = 1.0
+    with torch.no_grad():
+        audio(10 * torch.randn(4, 256, 64) - 40)
+    dims = {"audio": audio.dim, "text": Letters.dim, "hidden": 16, "joint": 8}
+    pool = POOLINGS[pooling](dim=audio.dim if pooling == "meanmax" else 8)
+    return TextAudio(audio, Letters(), pool, pooling, dims, temperature=temperature).eval()
+
+
+def text_to_audio(features: Features, model: TextAudio | None = None, n_rows: int = 301, **options: Any) -> TextToAudio:
+    loss = partial(nt_xent, temperature=0.07)
+    model = model or text_audio()
+    captions = (CAPTIONS, CAPTIONS)
+    return TextToAudio(model, spelt, loss, features, n_rows, *captions, retrieval_metrics, CPU, **options)
+
+
+def of_clips(clip_ids: list[str]) -> Captions:
+    return Captions.build([(i, [CAPTIONS.texts[c] for c in CAPTIONS.of[IDS.index(i)]]) for i in clip_ids])
+
+
+@pytest.mark.parametrize("by_caption", [True, False])
+def test_a_batch_s_audio_and_text_are_of_the_same_clips(by_caption: bool, heard: Features) -> None:
+    """Item i of the order is a caption, or a clip that then draws one of its captions."""
+    task = text_to_audio(heard, by_caption=by_caption)
+    said: list[list[str]] = []
+    numbers: list[list[int]] = []
+
+    def tokenize(texts: Any) -> dict[str, Tensor]:
+        said.append(list(texts))
+        return spelt(texts)
+
+    def loss_of(sim: Tensor, clips: Tensor) -> Tensor:
+        numbers.append(clips.tolist())
+        return nt_xent(sim, clips, temperature=0.07, mask_same_audio=True)
+
+    task.tokenize, task.loss_of = tokenize, loss_of
+    n = len(CAPTIONS.texts) if by_caption else N
+    order = Order(n, 4, 5, clips=CAPTIONS.clip_of if by_caption else None)
+    with contextlib.closing(task.batches(order).epoch(0)) as batches:
+        for batch in batches:
+            value, extra = task.loss(batch, 0, torch.Generator().manual_seed(1))
+            assert [t.split()[0] for t in said[-1]] == list(task.names(batch)) == [IDS[c] for c in numbers[-1]]
+            assert all(
+                np.array_equal(batch.clips.array[i, : ROWS[c]], heard.read([IDS[c]], ROWS[c])[0][0])
+                for i, c in enumerate(numbers[-1])
+            )
+            sim = task.model.similarity(
+                task.model.encode_text(spelt(said[-1])),
+                task.model.encode_audio(batch.clips.on(CPU), batch.clips.valid_on(CPU)),
+            )
+            assert float(value.detach()) == pytest.approx(float(nt_xent(sim, temperature=0.07).detach()), rel=1e-5)
+            assert extra == {"diagonal": pytest.approx(float(sim.detach().diagonal().mean()), rel=1e-5)}
+    met = [t for some in said for t in some]
+    assert sorted(met) == sorted(CAPTIONS.texts) if by_caption else {t.split()[0] for t in met} == set(IDS)
+
+
+def test_a_temperature_that_is_learnt_is_the_loss_s_and_is_told(heard: Features) -> None:
+    model = text_audio(temperature=LearnedTemperature(0.2))
+    task, plain = text_to_audio(heard, model), text_to_audio(heard)
+    task.loss_of, plain.loss_of = nt_xent, partial(nt_xent, temperature=0.2)
+    found = []
+    for t in (task, plain):
+        with contextlib.closing(t.batches(Order(N, 4, 5)).epoch(0)) as batches:
+            found.append(t.loss(next(batches), 0, torch.Generator().manual_seed(1)))
+    (loss, extra), (expected, without) = found
+    torch.testing.assert_close(loss, expected)
+    assert extra == {**without, "temperature": pytest.approx(0.2)}
+    loss.backward()
+    assert model.temperature is not None
+    assert bool(model.temperature.log_scale.grad)
+
+
+@pytest.mark.parametrize("pooling", ["tap", "netrvlad", "meanmax"])
+def test_frames_that_were_made_before_are_as_good_as_the_encoder(pooling: str, heard: Features, tmp_path: Path) -> None:
+    model = text_audio(pooling)
+    arrays = {"frames": (64, "float32")}
+    with torch.no_grad(), ShardWriter(tmp_path, 0, fingerprint="f", columns={}, arrays=arrays) as out:
+        for i, n in zip(IDS, ROWS, strict=True):
+            out.write(i, frames=model.audio(heard.read([i], n)[0]).frames[0].numpy())
+    task = text_to_audio(heard, model)
+    made = text_to_audio(Features(tmp_path, "frames"), model, n_rows=9, is_encoded=True)
+    with torch.no_grad():
+        np.testing.assert_allclose(made.similarity(CAPTIONS), task.similarity(CAPTIONS), atol=1e-5)
+
+
+@pytest.mark.parametrize("padding", ["masked", "fixed", "longest"])
+@pytest.mark.parametrize("pooling", ["tap", "meanmax"])
+def test_a_clip_s_similarity_depends_on_companions_or_padding_as_in_mei_et_al_alone(
+    pooling: str, padding: str, heard: Features
+) -> None:
+    """Oracle 12: 300 rows, the longest clip's, are 9 frames; 701 would be 21."""
+    model, clip = text_audio(pooling), IDS[1]
+
+    def row(n_rows: int, *clips: str) -> np.ndarray:
+        task = text_to_audio(heard, model, n_rows, padding=padding)
+        text = task.texts(["rain", "a dog barks"])
+        return model.score(text, task.clips([clip, *clips])).numpy()[:, 0]
+
+    with torch.no_grad():
+        alone, together, padded = row(301), row(301, IDS[0], IDS[3]), row(701)
+    differs = {"companions": abs(together - alone).max(), "padding": abs(padded - alone).max()}
+    assert {k: v > 1e-3 for k, v in differs.items()} == {
+        "companions": padding == "longest",
+        "padding": padding == "fixed",
+    }
+    assert all(v > 1e-3 or v < 1e-5 for v in differs.values())
+
+
+def test_padding_that_is_heard_is_silence(heard: Features, tmp_path: Path) -> None:
+    """Mei et al. pad the samples with zeros, of which log-mels are -100 dB; 0 dB would be the loudest noise."""
+    assert pytest.approx(-100) == SILENCE_DB
+    rows = [200] * N
+    model = text_audio()
+    padded = text_to_audio(logmels(tmp_path / "short", rows), model, 264, padding="fixed")
+    silent = text_to_audio(logmels(tmp_path / "silent", rows, tail=-100.0), model, 264)
+    with torch.no_grad():
+        np.testing.assert_allclose(padded.similarity(CAPTIONS), silent.similarity(CAPTIONS), atol=1e-5)
+
+
+def test_clips_of_batches_of_different_lengths_are_one(heard: Features) -> None:
+    """As long as their longest each, two batches have other numbers of frames; what is added is masked."""
+    task = text_to_audio(heard, padding="longest", batch=2)
+    ids = [IDS[i] for i in (1, 2, 0, 5, 3)]
+    with torch.no_grad():
+        found = task.clips(ids)
+        assert found.frames.shape == (5, 9, 8)
+        assert found.mask.sum(1).tolist() == [4, 4, 9, 9, 2]
+        assert not found.frames[~found.mask].any()
+        for i, n in ((0, 4), (2, 9), (4, 2)):
+            own = task.clips(ids[i : i + 2])
+            torch.testing.assert_close(found.frames[i, :n], own.frames[0])
+        sim = task.similarity(of_clips(ids))
+    assert sim.shape == (sum(len(CAPTIONS.of[IDS.index(i)]) for i in ids), 5)
+    assert np.isfinite(sim).all()
+
+
+def test_texts_come_in_pieces_and_are_the_same(heard: Features) -> None:
+    task = text_to_audio(heard, batch=1)
+    with torch.no_grad():
+        torch.testing.assert_close(task.texts(CAPTIONS.texts), task.model.encode_text(spelt(CAPTIONS.texts)))

@@ -28,6 +28,9 @@ def small_config(**changes: object) -> WorldConfig:
         "fps": 10,
         "unavailable": 0.2,
         "broken": 0.15,
+        "n_sounds": None,
+        "sound_s": None,
+        "background_db": [-50.0, -40.0],
     }
     return WorldConfig.model_validate(values | changes)
 
@@ -48,6 +51,9 @@ def default_config() -> WorldConfig:
         height=120,
         unavailable=0.08,
         broken=0.02,
+        n_sounds=None,
+        sound_s=None,
+        background_db=(-50.0, -40.0),
     )
 
 

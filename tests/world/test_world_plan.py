@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections import Counter
 from itertools import pairwise
@@ -14,7 +15,7 @@ from harken.clips import youtube_id, zenodo_id
 from harken.world.captions import Along, Sound, Then, caption, noun_phrase, paraphrases
 from harken.world.classes import CLASSES, NAMES, is_held_out
 from harken.world.corpus import BROKEN, CLOTHO_BROKEN, CLOTHO_UNAVAILABLE, UNAVAILABLE, grid_times, plan
-from harken.world.records import Record, on_screen, shots, subtract
+from harken.world.records import Event, Record, on_screen, shots, subtract
 
 
 def test_a_plan_depends_on_its_config_alone(small_plan, make_config):
@@ -182,3 +183,117 @@ def test_paraphrases_of_a_pair_differ():
     rng = np.random.default_rng(1)
     assert len(set(paraphrases(Then((Sound("dog", "big"), Sound("cat", "big"))), 5, rng))) == 5
     assert len(paraphrases(Sound("frog", "big"), 5, rng)) == 5
+
+
+# ------------------------------------------------------------------------------------------- how many sounds, how long
+
+
+def test_a_plan_that_asks_for_neither_is_the_plan_of_before_one_could(small_plan, default_plan):
+    for records, digest in ((small_plan, "a3445a6f6b8a6520"), (default_plan, "22eaf29520b33459")):
+        assert hashlib.sha256(repr(records).encode()).hexdigest()[:16] == digest
+
+
+def sounding(record: Record) -> list[Event]:
+    return [e for e in record.events if e.sounds]
+
+
+def heard_s(record: Record) -> float:
+    return (record.duration_s if record.end_s is None else record.end_s) - record.start_s
+
+
+@pytest.fixture(scope="module")
+def larger():
+    """Enough clips of every list to count on."""
+    return {"n_train": 240, "n_captioned": 120, "n_val": 10, "n_test": 60, "n_eval": 60, "n_clotho_train": 40}
+
+
+def test_shares_of_one_two_and_three_sounds_are_those_asked_for_in_every_list(make_config, larger):
+    asked = (0.2, 0.3, 0.5)
+    records = [r for r in plan(make_config(**larger, n_sounds=asked)) if heard_s(r) >= 6 and r.reason == ""]
+    lists = {
+        "unbalanced": [r for r in records if r.audioset == "unbalanced_train"],
+        "test": [r for r in records if r.audiocaps == "test"],
+        "eval": [r for r in records if r.audioset == "eval"],
+        "clotho": [r for r in records if r.clotho == "development"],
+    }
+    for name, some in lists.items():
+        found = np.bincount([len(sounding(r)) for r in some], minlength=4)[1:] / len(some)
+        assert len(found) == 3
+        for share, want in zip(found, asked, strict=True):
+            assert abs(share - want) < 4 * (want * (1 - want) / len(some)) ** 0.5, name
+
+
+@pytest.mark.parametrize("shares", [(0.0, 0.5, 0.5), (0.0, 0.0, 1.0)])
+def test_clips_without_room_for_three_sounds_have_two(make_config, larger, shares):
+    short = [r for r in plan(make_config(**larger, n_sounds=shares)) if heard_s(r) < 6]
+    assert short
+    assert {len(sounding(r)) for r in short} == {2}
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_sounds_last_as_long_as_asked_and_begin_anywhere(make_config, larger, n):
+    low, high = 0.4, 0.9
+    shares = tuple(float(k == n) for k in (1, 2, 3))
+    records = [r for r in plan(make_config(**larger, n_sounds=shares, sound_s=(low, high))) if heard_s(r) >= 6]
+    lasting, begins, n_apart, n_along, n_around = [], [], 0, 0, 0
+    for r in records:
+        events = sounding(r)
+        assert len(events) == n
+        around = [e for e in events if e.end_s - e.start_s > high + 0.002]
+        assert len(around) <= (n == 3), "only what sounds while others sound in turn lasts longer"
+        n_around += len(around)
+        for e in events:
+            assert 0 <= e.start_s < e.end_s <= heard_s(r) + 0.001
+            assert all(a.start_s <= e.start_s and e.end_s <= a.end_s for a in around)
+        brief = [e for e in events if e not in around]
+        lasting += [e.end_s - e.start_s for e in brief]
+        begins += [e.start_s / heard_s(r) for e in brief]
+        for a, b in pairwise(sorted(brief, key=lambda e: (e.start_s, e.end_s))):
+            is_along = (a.start_s, a.end_s) == (b.start_s, b.end_s)
+            assert is_along or a.end_s <= b.start_s, "neither at once nor in turn"
+            n_along, n_apart = n_along + is_along, n_apart + (not is_along)
+    assert low - 0.001 <= min(lasting) < low + 0.05
+    assert high - 0.05 < max(lasting) <= high + 0.001
+    assert abs(np.mean(lasting) - (low + high) / 2) < 0.03
+    assert min(begins) < 0.05
+    assert max(begins) > 0.85
+    assert (n_along > 20) == (n > 1)
+    assert (n_apart > 20) == (n > 1)
+    assert (n_around > 20) == (n == 3)
+
+
+def test_what_a_caption_says_comes_first_does_so_where_sounds_are_brief(make_config, larger):
+    records = plan(make_config(**larger, n_sounds=(0.0, 1.0, 0.0), sound_s=(0.5, 1.0)))
+    n = 0
+    for r in (r for r in records if r.captions and heard_s(r) >= 6):
+        a, b = sounding(r)
+        for said in r.captions:
+            words = re.match(r"(?:first )?(.*)(?:, then| and then| before) (.*)", said)
+            if words is None or " while " in said:
+                continue
+            assert a.end_s <= b.start_s, said
+            assert CLASSES[a.name].noun in words[1], said
+            assert CLASSES[b.name].noun in words[2], said
+            n += 1
+    assert n > 20
+
+
+def test_a_sound_for_which_there_is_no_room_fills_what_there_is(make_config):
+    for r in plan(make_config(n_sounds=(1.0, 0.0, 0.0), sound_s=(60.0, 90.0))):
+        (e,) = sounding(r)
+        assert e.end_s - e.start_s >= 0.9 * heard_s(r)
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({"n_sounds": (0.5, 0.5, 0.5)}, "three shares that sum to 1"),
+        ({"n_sounds": (-0.5, 0.5, 1.0)}, "three shares that sum to 1"),
+        ({"n_sounds": (0.5, 0.5)}, "n_sounds"),
+        ({"sound_s": (2.0, 1.0)}, r"sound_s is \[2.0, 1.0\]: expected \[shortest, longest\], at least 0.2 seconds"),
+        ({"sound_s": (0.1, 1.0)}, "at least 0.2 seconds"),
+    ],
+)
+def test_shares_and_lengths_that_cannot_be_are_refused(make_config, changed, says):
+    with pytest.raises(ValidationError, match=says):
+        make_config(**changed)

@@ -64,6 +64,25 @@ def audio_to_text_grouped(sim: npt.ArrayLike, clip_of_text: npt.ArrayLike) -> Re
     return Retrieval(grouped.T, *_diagonal(n_clips))
 
 
+def dual_softmax(sim: npt.ArrayLike, prior_scale: float) -> tuple[Matrix, Matrix]:
+    """`sim` revised by the prior of the other direction, for t2a and for a2t: DSL's inference (Cheng et al. 2021).
+
+        t2a: sim ∘ softmax(ω sim) down each column     a2t: sim ∘ softmax(ω sim) along each row
+
+    Transductive: a query's answer depends on all the other queries, which a search does not have. It adds points to any
+    model; never put it in one row with plain similarity. Raises ConfigError for a scale that is not positive.
+    """
+    if not prior_scale > 0:
+        raise ConfigError(f"dual_softmax: prior_scale is {prior_scale}; it must be above 0, such as 1 / temperature.")
+    matrix = np.asarray(sim, np.float64)
+    found = []
+    for axis in (0, 1):
+        logits = prior_scale * (matrix - matrix.max(axis, keepdims=True))
+        prior = np.exp(logits)
+        found.append(matrix * (prior / prior.sum(axis, keepdims=True)))
+    return found[0], found[1]
+
+
 def image_to_audio(sim: npt.ArrayLike) -> Retrieval:
     """Every clip's images ask for its audio. sim: (clip of the images, clip of the audio), square."""
     matrix = _square(sim)

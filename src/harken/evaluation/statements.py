@@ -7,6 +7,9 @@ from typing import Any
 
 from harken.evaluation import tables
 from harken.evaluation.choices import PARTS, Choices, Part
+from harken.evaluation.grounding import BRIEF, MEASURES, Groundings, Measure, Summary
+from harken.evaluation.grounding import PARTS as SOUND_PARTS
+from harken.evaluation.grounding import Part as SoundPart
 from harken.evaluation.significance import Pooled, SeededDifference
 
 SHARES = {
@@ -15,6 +18,13 @@ SHARES = {
     "clips": "clips with a right image",
     "images": "right images",
     "pairs": "right pairs",
+}
+MEASURED: dict[Measure, str] = {
+    "error_s": "onset error, s",
+    "near": "within one frame",
+    "iou": "IoU",
+    "inside": "weight inside",
+    "peak": "peak inside",
 }
 SLACK = 1e-6  # a bar is met by what differs from it in rounding alone
 
@@ -114,6 +124,81 @@ def _against(mine: str, ours: Mapping[str, Any], other: str, theirs: Mapping[str
         *more("pairs", "right pairs to Multiframe Match"),
     ]
     return f"Against `{other}`, `{mine}` catches {' and '.join(seen)}; it leaves {', '.join(left)}."
+
+
+def grounding(found: Groundings, told: Summary, bar: float) -> list[str]:
+    """Where each recipe's weights are for a sentence about one sound, against when it sounds.
+
+    bar: frames, against which each recipe's median onset error is held.
+    """
+    lines = [
+        f"### When it sounds: {found.dataset}",
+        "",
+        "Sentences about one sound each, asked of the clip that holds it: where the weights are that the text gives "
+        "the clip's frames. Onset error: median, in seconds; the rest in percent. *Other clips*: what the same run's "
+        "weights for the sentences of other clips would be worth here. *Equal weights* are chance. *At best*: each "
+        "frame's weight is the share of it that the sound covers.",
+        "",
+    ]
+    for part in (p for p in SOUND_PARTS if found.count(p)):
+        which = f", each for at most {100 * BRIEF:g} % of what is heard" if part == "brief" else ""
+        lines += [f"{found.count(part)} sounds of {found.n_clips(part)} clips{which}:", ""]
+        lines += [*_grounding_table(found, told, part), ""]
+    part = "brief" if found.count("brief") else "all"
+    for recipe in found.recipes:
+        if (recipe, "error_s", part) in told.cells:
+            lines.append(f"- {recipe}: {onset_held(told.cells[recipe, 'error_s', part], found.frame_s[recipe], bar)}.")
+        compared = {
+            "IoU, against equal weights": told.by_flat,
+            "weight inside, against other clips": told.by_clip,
+            "weight inside, against the clip's other sentences": told.by_text,
+        }
+        for what, by in compared.items():
+            if (recipe, part) in by:
+                lines.append(f"- {recipe}, {what}: {difference(by[recipe, part])}.")
+    return [*lines, ""]
+
+
+def onset_held(found: Pooled, frame_s: float, bar: float) -> str:
+    """A median onset error in seconds against a bar in frames, and whether its interval says the same."""
+    frames = "one frame" if bar == 1 else f"{bar:g} frames"
+    holds = found.mean <= bar * frame_s + SLACK
+    says = (
+        f"the median onset error is {_seconds(found)} s, {found.mean / frame_s:.1f} frames of {frame_s:g} s; "
+        f"at most {frames}: {'holds' if holds else 'does NOT hold'}"
+    )
+    if holds and found.high > bar * frame_s + SLACK:
+        return f"{says}, but its interval reaches above"
+    if not holds and found.low <= bar * frame_s + SLACK:
+        return f"{says}, but its interval reaches {frames}"
+    return says
+
+
+def _grounding_table(found: Groundings, told: Summary, part: SoundPart) -> list[str]:
+    lines = tables.head_lines(["weights of", "seeds", "frame, s", *MEASURED.values()])
+
+    def add(name: str, seeds: str, frame_s: float, cells: Mapping[Measure, str]) -> None:
+        lines.append(tables.line([name, seeds, f"{frame_s:g}", *(cells.get(m, "–") for m in MEASURES)]))
+
+    def plain(values: Mapping[Measure, float]) -> dict[Measure, str]:
+        return {m: f"{v:.2f}" if m == "error_s" else f"{v:.1f}" for m, v in values.items()}
+
+    for recipe, runs in found.recipes.items():
+        cells = {m: told.cells[recipe, m, part] for m in MEASURES}
+        shown = {m: _seconds(c) if m == "error_s" else _cell(c) for m, c in cells.items()}
+        add(recipe, str(len(runs)), found.frame_s[recipe], shown)
+        others = [found.typical(run.other_clips, part) for run in runs.values()]
+        means = {m: sum(o[m] for o in others) / len(others) for m in MEASURES if all(m in o for o in others)}
+        add(f"{recipe}, other clips", str(len(runs)), found.frame_s[recipe], plain(means))
+    for frame_s in found.flat:
+        add("equal weights", "–", frame_s, plain(found.typical(found.flat[frame_s], part)))
+        add("at best", "–", frame_s, plain(found.typical(found.best[frame_s], part)))
+    return lines
+
+
+def _seconds(found: Pooled) -> str:
+    spread = "" if found.std is None else f" ± {found.std:.2f}"
+    return f"{found.mean:.2f}{spread} [{found.low:.2f}, {found.high:.2f}]"
 
 
 def comparisons(found: Sequence[tuple[str, SeededDifference | None]], level: float) -> list[str]:

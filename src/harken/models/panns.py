@@ -161,6 +161,11 @@ class Panns(nn.Module):
             mask = torch.ones(n_clips, frames.shape[1], dtype=torch.bool, device=frames.device)
         return AudioFeatures(None, frames, mask)
 
+    @property
+    def frame_s(self) -> float:
+        """Seconds from one output frame to the next: frame t is made from t * frame_s on, and of what lies around."""
+        return self.min_frames * self.input_pool[0] / LOGMEL_ROWS_PER_S
+
     def _trunk(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         raise NotImplementedError
 

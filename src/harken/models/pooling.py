@@ -21,6 +21,7 @@ Frames = Float[Tensor, "clip frame dim"]
 Mask = Bool[Tensor, "clip frame"]
 Texts = Float[Tensor, "text dim"]
 Pooled = Float[Tensor, "clip text_or_1 dim"]
+Weights = Float[Tensor, "clip text frame"]
 
 
 @runtime_checkable
@@ -186,15 +187,22 @@ class TextAwareAttention(nn.Module):
 
     def forward(self, frames: Frames, mask: Mask, text: Texts) -> Pooled:
         """The equations as printed; `scoring.score_matrix` has the same numbers without the (clip, text, dim)."""
+        weights, values = self._attend(frames, mask, text)
+        return self.ln_out(self.out(weights @ values))
+
+    def attention(self, frames: Frames, mask: Mask, text: Texts) -> Weights:
+        """The softmax of eq. 8: how much of each frame a text reads, rows that sum to 1."""
+        return self._attend(frames, mask, text)[0]
+
+    def _attend(self, frames: Frames, mask: Mask, text: Texts) -> tuple[Weights, Float[Tensor, "clip frame dp"]]:
         if self.key_mask:
             require_frames(mask)
             frames = frames.masked_fill(~mask[..., None], 0)
         normed = self.ln_audio(frames)
-        k, v = self.key(normed), self.value(normed)
-        logits = torch.einsum("np,mtp->mnt", self.queries(text), k)
+        logits = torch.einsum("np,mtp->mnt", self.queries(text), self.key(normed))
         if self.key_mask:
             logits = logits.masked_fill(~mask[:, None], -torch.inf)
-        return self.ln_out(self.out(torch.softmax(logits, dim=-1) @ v))
+        return torch.softmax(logits, dim=-1), self.value(normed)
 
 
 class XPool(nn.Module):
@@ -209,7 +217,7 @@ class XPool(nn.Module):
 
     def __init__(self, *, dim: int, dp: int | None = None, dropout: float = 0.3, key_mask: bool = True) -> None:
         super().__init__()
-        self.attention = TextAwareAttention(dim=dim, dp=dim if dp is None else dp, bias=True, key_mask=key_mask)
+        self.tap = TextAwareAttention(dim=dim, dp=dim if dp is None else dp, bias=True, key_mask=key_mask)
         self.fc, self.dropout, self.ln_fc = nn.Linear(dim, dim), nn.Dropout(dropout), nn.LayerNorm(dim)
         for projection in (m for m in self.modules() if isinstance(m, nn.Linear)):
             nn.init.zeros_(projection.bias)
@@ -217,8 +225,12 @@ class XPool(nn.Module):
                 nn.init.eye_(projection.weight)
 
     def forward(self, frames: Frames, mask: Mask, text: Texts) -> Pooled:
-        x = self.attention(frames, mask, text)
+        x = self.tap(frames, mask, text)
         return self.ln_fc(x + self.dropout(self.fc(x)))
+
+    def attention(self, frames: Frames, mask: Mask, text: Texts) -> Weights:
+        """How much of each frame a text reads, rows that sum to 1."""
+        return self.tap.attention(frames, mask, text)
 
 
 POOLINGS: dict[str, Callable[..., nn.Module]] = {

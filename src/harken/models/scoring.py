@@ -124,10 +124,10 @@ class XPoolIndex:
     def __init__(self, pooling: XPool, frames: Tensor, mask: Tensor) -> None:
         self.pooling = pooling
         with full_precision(frames):
-            self.attention = _Attention(pooling.attention, frames, mask)
+            self.attention = _Attention(pooling.tap, frames, mask)
             centred = self.attention.centred()
             self.spread = centred @ centred.transpose(1, 2) / centred.shape[-1]
-            scaled = centred * pooling.attention.ln_out.weight
+            scaled = centred * pooling.tap.ln_out.weight
             moved = _centre(scaled + F.linear(scaled, pooling.fc.weight))
             at_zero = _centre(_without_frames(pooling)).expand(len(moved), 1, -1)
             self.grams, self.cross = _forms(torch.cat([moved, at_zero], dim=1), pooling.ln_fc)
@@ -139,7 +139,7 @@ class XPoolIndex:
         queries, aims, offset, at_zero, shift = prepared
         with full_precision(queries):
             row = self.attention.rows(queries)
-            inverse = _inverse_deviation(_quadratic(self.spread, row)[0], self.pooling.attention.ln_out)
+            inverse = _inverse_deviation(_quadratic(self.spread, row)[0], self.pooling.tap.ln_out)
             aligned = (self.attention.read(row, aims) + offset) * inverse + at_zero
             row = torch.cat([row * inverse[:, None], torch.ones_like(row[:, :1])], dim=1)
             return _cosine(row, self.grams, self.cross, aligned, shift, self.pooling.ln_fc)
@@ -187,7 +187,7 @@ def _prepare_tap(tap: TextAwareAttention, texts: Texts) -> tuple[Tensor, ...]:
 
 def _prepare_xpool(pooling: XPool, texts: Texts) -> tuple[Tensor, ...]:
     """As `_prepare_tap`, with what meets the text of the part of y that no frame changes, and c·β₃ for c·β."""
-    tap = pooling.attention
+    tap = pooling.tap
     with full_precision(texts):
         texts = full(texts)
         unit = F.normalize(texts, dim=-1)
@@ -206,7 +206,7 @@ def _aims(tap: TextAwareAttention, direction: Texts) -> tuple[Float[Tensor, "tex
 
 def _without_frames(pooling: XPool) -> Float[Tensor, " dim"]:
     """y where Ũᵀw is zero."""
-    shift = pooling.attention.ln_out.bias
+    shift = pooling.tap.ln_out.bias
     return shift + pooling.fc(shift)
 
 

@@ -11,11 +11,12 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from harken.errors import ConfigError, unknown
+from harken.errors import ConfigError, DataError, unknown
 from harken.models.audio_vit import AudioViT
 from harken.models.features import AudioFeatures, full, full_precision
+from harken.models.losses import LearnedTemperature
 from harken.models.pooling import cosine_similarity
-from harken.models.scoring import score_matrix
+from harken.models.scoring import batch_similarity, score_matrix
 
 LOGIT_SCALE_INIT = math.log(1 / 0.07)  # VIP-ANT; learnable, not clamped
 DIVISIONS = ("segment", "token_pool", "window")
@@ -136,35 +137,81 @@ def _are_centres(centres: Sequence[float] | None, n: int) -> bool:
     return centres is not None and len(centres) == n and all(0 <= c <= 1 for c in centres)
 
 
+class StoredFrames(nn.Module):
+    """The audio tower of frames that were made before, here or elsewhere: it gives back what it is given."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.dim = dim
+
+    def forward(self, frames: Float[Tensor, "clip frame dim"], valid: Bool[Tensor, "clip frame"]) -> AudioFeatures:
+        return AudioFeatures(None, frames, valid)
+
+
+class StoredTexts(nn.Module):
+    """The text tower of embeddings that were made elsewhere, by their captions."""
+
+    def __init__(self, captions: Sequence[str], embeddings: Float[Tensor, "caption dim"], where: str) -> None:
+        super().__init__()
+        self.dim, self.where, self._embeddings = embeddings.shape[1], where, embeddings
+        self._row = {caption: i for i, caption in enumerate(captions)}
+
+    def tokenize(self, captions: Sequence[str]) -> dict[str, Tensor]:
+        """Their embeddings. Raises DataError, which names `where` they should be, for captions that have none."""
+        if lacking := [c for c in captions if c not in self._row]:
+            raise DataError(
+                f"{self.where}: {len(lacking)} of {len(captions)} captions have no embedding, first {lacking[0]!r}. "
+                "Import texts that hold every caption of the dataset, to the letter."
+            )
+        return {"embedding": self._embeddings[[self._row[c] for c in captions]].float()}
+
+    def forward(self, tokens: Mapping[str, Tensor]) -> Float[Tensor, "caption dim"]:
+        return tokens["embedding"]
+
+
 class TextAudio(nn.Module):
     """Paper A's model: audio and text encoders, projected to one space, pooled, compared (Xin et al. 2023, section 2).
 
     mean, max and meanmax pool the encoder's frames and project the result (Mei et al. 2022); netrvlad and tap project
-    each frame and pool after it.
+    each frame and pool after it. `temperature`: the loss's τ where it is trained with the model.
+
+    A tower without trainable weights stays in evaluation mode, and its batch norm, dropout and SpecAugment are frozen
+    with it; with `frozen_in_training_mode` they are not, as in Mei et al.'s code.
     """
 
     def __init__(
-        self, audio: nn.Module, text: nn.Module, pooling: nn.Module, name: str, dims: Mapping[str, Any]
+        self,
+        audio: nn.Module,
+        text: nn.Module,
+        pooling: nn.Module,
+        name: str,
+        dims: Mapping[str, Any],
+        *,
+        temperature: LearnedTemperature | None = None,
+        frozen_in_training_mode: bool = False,
     ) -> None:
         super().__init__()
-        self.audio, self.text, self.pooling = audio, text, pooling
+        self.audio, self.text, self.pooling, self.temperature = audio, text, pooling, temperature
+        self.frozen_in_training_mode = frozen_in_training_mode
         self.pools_first = name in PRE_PROJECTION
         self.audio_projection = _mlp(dims["audio"], dims["hidden"], dims["joint"])
         self.text_projection = _mlp(dims["text"], dims["hidden"], dims["joint"])
 
     def train(self, mode: bool = True) -> TextAudio:
-        """As nn.Module's, but a tower without trainable weights stays in evaluation mode: its batch norm, dropout and
-        SpecAugment are frozen with it.
-        """
         super().train(mode)
+        if self.frozen_in_training_mode:
+            return self
         for tower in (self.audio, self.text):
             if not any(p.requires_grad for p in tower.parameters()):
                 tower.eval()
         return self
 
-    def encode_audio(self, logmel: Float[Tensor, "clip row mel"], valid: Bool[Tensor, "clip row"]) -> AudioFeatures:
+    def encode_audio(self, heard: Float[Tensor, "clip row width"], valid: Bool[Tensor, "clip row"]) -> AudioFeatures:
+        """What the audio tower hears of clips, log-mels for PANNs, as `project` gives it."""
+        return self.project(self.audio(heard, valid))
+
+    def project(self, features: AudioFeatures) -> AudioFeatures:
         """Projected frames (clip, frame, joint) and their mask; one frame where the pooling comes first."""
-        features = self.audio(logmel, valid)
         if not self.pools_first:
             return AudioFeatures(None, self.audio_projection(features.frames), features.mask)
         text = features.frames.new_zeros(1, features.frames.shape[-1])  # these poolings do not look at it
@@ -179,7 +226,7 @@ class TextAudio(nn.Module):
         """Cosine similarity of every text with every clip, differentiable; for batches."""
         if self.pools_first:
             return cosine_similarity(text, audio.frames)
-        return cosine_similarity(text, self.pooling(audio.frames, audio.mask, text))
+        return batch_similarity(text, audio.frames, audio.mask, self.pooling)
 
     def score(self, text: Float[Tensor, "text dim"], audio: AudioFeatures) -> Float[Tensor, "text clip"]:
         """The same matrix in tiles, exact, for whole test sets."""

@@ -1,1 +1,1 @@
-"""Find clips by a sentence: a folder of unit vectors and exact cosine search over it."""
+"""Find clips by a sentence: exact cosines with a folder of unit vectors, or text-aware pooling in three looks."""

@@ -1,7 +1,7 @@
 """The index of a collection: one unit vector and one row of facts for each clip, in a folder of three plain files.
 
-Exact search over a matrix is the right size here: a million clips of 512 numbers are 2 GB and one pass of memory. An
-index holds what does not depend on the text, so one vector for each clip; text-aware pooling (TAP) re-ranks its hits.
+Exact search over a matrix is the right size here: a million clips of 512 numbers are 2 GB and one pass of memory. One
+vector for each clip is all that does not depend on the text; for text-aware pooling (TAP) see `text_aware`.
 
     embeddings.npy   (clip, dim) float32, rows of length 1, read as a memory map
     clips.parquet    one row for each: clip_id, then what `meta` gave
@@ -63,35 +63,41 @@ def build(clip_ids: Sequence[str], embeddings: npt.ArrayLike, meta: pa.Table | N
     column, that must agree. Raises ConfigError for sizes that do not fit or ids that come twice, and DataError for an
     embedding that is zero or not finite.
     """
-    ids = [str(i) for i in clip_ids]
     matrix = np.asarray(embeddings)
-    if matrix.ndim != 2 or len(matrix) != len(ids) or 0 in matrix.shape:
+    if matrix.ndim != 2 or len(matrix) != len(clip_ids) or 0 in matrix.shape:
         raise ConfigError(
-            f"index: expected embeddings (clip, dim) of {len(ids)} clips, at least one, found shape {matrix.shape}."
+            f"index: expected embeddings (clip, dim) of {len(clip_ids)} clips, at least one, found shape "
+            f"{matrix.shape}."
         )
-    if len(set(ids)) != len(ids):
-        twice = next(i for k, i in enumerate(ids) if i in set(ids[:k]))
-        raise ConfigError(f"index: clip {twice} is given more than once.")
-    table = pa.table({"clip_id": pa.array(ids, pa.string())})
-    if meta is not None:
-        if meta.num_rows != len(ids):
-            raise ConfigError(f"index: meta has {meta.num_rows} rows for {len(ids)} clips.")
-        if "clip_id" in meta.column_names:
-            if meta["clip_id"].to_pylist() != ids:
-                raise ConfigError(
-                    "index: the clip_id column of meta differs from clip_ids. Put both in the same order."
-                )
-            meta = meta.drop_columns(["clip_id"])
-        for name in meta.column_names:
-            table = table.append_column(name, meta[name])
+    table = clips_table(clip_ids, meta)
     wide = matrix.astype(np.float64)  # the squares of large half-precision numbers overflow
     norm = np.linalg.norm(wide, axis=1, keepdims=True)
     bad = np.flatnonzero(~(np.isfinite(norm) & (norm > 0)))
     if bad.size:
         raise DataError(
-            f"index: the embedding of {ids[bad[0]]} is zero or not finite. Embed the clip again or leave it out."
+            f"index: the embedding of {clip_ids[bad[0]]} is zero or not finite. Embed the clip again or leave it out."
         )
     return Index((wide / norm).astype(np.float32), table)
+
+
+def clips_table(clip_ids: Sequence[str], meta: pa.Table | None) -> pa.Table:
+    """A row for each clip: `clip_id`, then the columns of `meta`. Raises ConfigError as `build` does."""
+    ids = [str(i) for i in clip_ids]
+    if len(set(ids)) != len(ids):
+        twice = next(i for k, i in enumerate(ids) if i in set(ids[:k]))
+        raise ConfigError(f"index: clip {twice} is given more than once.")
+    table = pa.table({"clip_id": pa.array(ids, pa.string())})
+    if meta is None:
+        return table
+    if meta.num_rows != len(ids):
+        raise ConfigError(f"index: meta has {meta.num_rows} rows for {len(ids)} clips.")
+    if "clip_id" in meta.column_names:
+        if meta["clip_id"].to_pylist() != ids:
+            raise ConfigError("index: the clip_id column of meta differs from clip_ids. Put both in the same order.")
+        meta = meta.drop_columns(["clip_id"])
+    for name in meta.column_names:
+        table = table.append_column(name, meta[name])
+    return table
 
 
 def load(folder: Path) -> Index:

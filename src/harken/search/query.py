@@ -35,23 +35,29 @@ def search(index: Index, text_embedding: npt.ArrayLike, k: int = 10) -> list[Hit
     A fast float32 pass keeps every clip that its rounding error could hide among the first k; these are scored again in
     float64, each on its own. So neither the neighbours of a clip nor the linear algebra library can change its score.
     """
-    query = np.asarray(text_embedding, np.float64)
     if isinstance(k, bool) or not isinstance(k, int | np.integer) or k < 1:
         raise ConfigError(f"search: k must be a whole number of at least 1, found {k!r}.")
-    if query.shape != (index.dim,):
-        raise ConfigError(
-            f"search: the text embedding has shape {query.shape}, the index holds vectors of ({index.dim},). "
-            "Embed the text with the model that made the index."
-        )
-    norm = float(np.linalg.norm(query))
-    if not np.isfinite(norm) or norm == 0:
-        raise DataError("search: the text embedding is zero or not finite, so it has no direction.")
-    query = query / norm
+    query = checked(text_embedding, index.dim)
+    query = query / np.linalg.norm(query)
     candidates = _candidates(index.embeddings, query.astype(np.float32), k)
     scores = (index.embeddings[candidates].astype(np.float64) * query).sum(axis=1)
     order = np.lexsort((candidates, -scores))[:k]  # ties: the earlier clip first
     rows = index.clips.take(candidates[order]).to_pylist()
     return [_hit(rank, row, float(scores[i])) for rank, (row, i) in enumerate(zip(rows, order, strict=True), 1)]
+
+
+def checked(text_embedding: npt.ArrayLike, dim: int) -> npt.NDArray[np.float64]:
+    """The embedding as it is. Raises ConfigError where it is not (dim,), DataError where it has no direction."""
+    text = np.asarray(text_embedding, np.float64)
+    if text.shape != (dim,):
+        raise ConfigError(
+            f"search: the text embedding has shape {text.shape}, the index holds vectors of ({dim},). "
+            "Embed the text with the model that made the index."
+        )
+    norm = float(np.linalg.norm(text))
+    if not np.isfinite(norm) or norm == 0:
+        raise DataError("search: the text embedding is zero or not finite, so it has no direction.")
+    return text
 
 
 def _candidates(embeddings: npt.NDArray[np.float32], query: npt.NDArray[np.float32], k: int) -> npt.NDArray[np.int64]:

@@ -20,16 +20,17 @@ import torch
 from harken.clips import Manifest, Split
 from harken.config import Config, Paths, parse
 from harken.engines import Map
-from harken.evaluation import agreement, metrics, protocols, significance
+from harken.evaluation import agreement, grounding, metrics, protocols, significance
 from harken.evaluation.passports import Passport
+from harken.models.features import AudioFeatures
 from harken.models.matching import nearest_images
+from harken.models.scoring import score_matrix
 from harken.models.towers import AudioTower, text_similarity
 from harken.progress import track
-from harken.search import index
+from harken.search import index, text_aware
 from harken.shards import atomic, code_version, digest_of, file_sha256, fingerprint, publish, read_table, write_json
 from harken.stages.pretrain import FRAME_SHIFT_S, AtPool, build_tower, fbank_input, split_ids, tower_of
-from harken.stages.train import ModelConfig, build_model
-from harken.training.batches import Features
+from harken.stages.train import Hearing, ModelConfig, build_model, padding_of
 from harken.training.data import CaptionEmbeddings, ImageEmbeddings, captions_of
 from harken.training.loop import fold
 from harken.training.runs import device, devices, load_model, runs_in
@@ -48,11 +49,15 @@ CODE = (
     "search",
     "world/truth.py",
     "world/records.py",
+    "world/captions.py",
+    "world/classes.py",
+    "media/frames.py",
     "media/images.py",
     "media/quality.py",
 )
 STAGES = ("pretrain", "finetune", "train")
-TABLES = ("ranks.parquet", "planted.parquet")
+ALONE_TEMPERATURE = 0.07  # the losses' own: how a frame's cosines become a strip that sums to 1
+TABLES = ("ranks.parquet", "planted.parquet", "grounding.parquet")
 PLANTED = {
     "clip_id": pa.string(),
     "chosen": pa.int32(),
@@ -64,7 +69,8 @@ PLANTED = {
 
 class EvaluateConfig(Config):
     """`zero_shot` names the captioned datasets that pretrained towers meet before fine-tuning, where they have several
-    segments by `at_pool` (see FinetuneRecipe); `ks` the k of R@k.
+    segments by `at_pool` (see FinetuneRecipe); `ks` the k of R@k. `prior_scale`: the ω of a row of its own, marked
+    transductive, for every run of `train`; null: no such rows.
     """
 
     ks: list[int]
@@ -73,6 +79,7 @@ class EvaluateConfig(Config):
     images: list[Literal["mid", "max", "mean", "flatten"]]
     zero_shot: list[str]
     at_pool: AtPool
+    prior_scale: float | None
 
 
 class Job(Config):
@@ -83,17 +90,16 @@ class Job(Config):
 
 def run(paths: Paths, cfg: EvaluateConfig, map: Map) -> None:
     """Fill `paths.evaluations`: results.json, ranks.parquet and search indices; where truth is planted also
-    planted.parquet and image_times.json.
+    planted.parquet, grounding.parquet and image_times.json.
     """
     folders = dict(zip(STAGES, (paths.pretrained, paths.finetuned, paths.trained), strict=True))
-    runs = {f"{s}/{r['run']}": r for s in STAGES for r in runs_in(folders[s])}
-    data = [digest_of(paths.features), digest_of(paths.embeddings), file_sha256(paths.manifest / "clips.parquet")]
-    data += [
-        file_sha256(paths.embeddings / "captions.parquet"),
-        file_sha256(paths.stats / "stats.json"),
-        code_version(CODE),
-        file_sha256(truth) if (truth := paths.lists / "truth.json").is_file() else "no truth",
-    ]
+    # runs on imported frames need nothing of the stages before
+    runs = {f"{s}/{r['run']}": r for s in STAGES if folders[s].is_dir() or s == "train" for r in runs_in(folders[s])}
+    truth = paths.lists / "truth.json"
+    data = [digest_of(f) if f.is_dir() else None for f in (paths.features, paths.embeddings)]
+    files = (paths.manifest / "clips.parquet", paths.embeddings / "captions.parquet", paths.stats / "stats.json", truth)
+    data += [file_sha256(f) if f.is_file() else None for f in files]
+    data.append(code_version(CODE))
     marks = {}
     for name, told in runs.items():
         stage, run_name = name.split("/")
@@ -195,7 +201,7 @@ def evaluate_run(job: Job, name: str) -> str:
     manifest = Manifest.read(paths.manifest)
     with torch.no_grad():
         if stage == "train":
-            _text_to_audio(paths, run_name, told, manifest, sheet)
+            _text_to_audio(paths, run_name, told, manifest, sheet, folder)
         else:
             vit, side = tower_of(told, f"{source / run_name}/run.json", stage)
             tower = build_tower(paths, vit, side, told["seed"], at_pool=told.get("at_pool", cfg.at_pool))
@@ -291,11 +297,24 @@ def _audio_text(
     _add_texts(sheet, row, dataset, manifest, captions, text_similarity(texts, audio).numpy())
     # an index holds unit vectors, and of these the length counts: such a tower is measured, but not searched with
     if folder is not None and tower.at_pool != "flatten_repeat":
-        told = pa.array([[captions.texts[i] for i in of] for of in captions.of], pa.list_(pa.string()))
-        index.build(captions.clip_ids, audio.numpy(), pa.table({"captions": told})).save(folder / "index")
+        index.build(captions.clip_ids, audio.numpy(), _said(captions)).save(folder / "index")
 
 
-def _add_texts(sheet: Sheet, row: str, dataset: str, manifest: Manifest, captions: Captions, sim: np.ndarray) -> None:
+def _said(captions: Captions) -> pa.Table:
+    """What a search shows of each clip."""
+    told = [[captions.texts[i] for i in of] for of in captions.of]
+    return pa.table({"captions": pa.array(told, pa.list_(pa.string()))})
+
+
+def _add_texts(
+    sheet: Sheet,
+    row: str,
+    dataset: str,
+    manifest: Manifest,
+    captions: Captions,
+    sim: np.ndarray,
+    prior_scale: float | None = None,
+) -> None:
     told = {c: [captions.texts[i] for i in of] for c, of in zip(captions.clip_ids, captions.of, strict=True)}
     passport = Passport.of(dataset, "test", told, len(manifest.of(dataset, Split.TEST)))
     tasks = {
@@ -303,23 +322,73 @@ def _add_texts(sheet: Sheet, row: str, dataset: str, manifest: Manifest, caption
         "a2t": protocols.audio_to_text(sim, captions.clip_of),
     }
     sheet.add(row, passport, captions.clip_ids, tasks)
+    if prior_scale is not None:
+        t2a, a2t = protocols.dual_softmax(sim, prior_scale)
+        tasks = {
+            "t2a": protocols.text_to_audio(t2a, captions.clip_of),
+            "a2t": protocols.audio_to_text(a2t, captions.clip_of),
+        }
+        sheet.add(f"{row} (transductive)", passport, captions.clip_ids, tasks)
 
 
-def _text_to_audio(paths: Paths, run_name: str, told: dict[str, Any], manifest: Manifest, sheet: Sheet) -> None:
-    model, bert = build_model(paths.weights, parse(f"{run_name}: model", ModelConfig, told["model"]))
+def _text_to_audio(
+    paths: Paths, run_name: str, told: dict[str, Any], manifest: Manifest, sheet: Sheet, folder: Path
+) -> None:
+    spec, dataset = parse(f"{run_name}: model", ModelConfig, told["model"]), told["dataset"]
+    model, tokenize = build_model(paths.weights, spec)
     load_model(paths.trained, run_name, model)
     model.to(device())
-    features, dataset = Features(paths.features, "logmel"), told["dataset"]
-    captions = captions_of(manifest, dataset, Split.TEST, features, paths.features)
+    hearing = Hearing.of(paths, told["length_s"], spec.recipe.encoder)
+    captions = hearing.captions(manifest, dataset, Split.TEST)
     task = TextToAudio(
         model,
-        bert.tokenize,
+        tokenize,
         torch.mean,
-        features,
-        told["n_rows"],
+        hearing.features,
+        hearing.n_rows,
         captions,
         captions,
         metrics.retrieval_metrics,
         device(),
+        padding=padding_of(spec),
     )
-    _add_texts(sheet, told["recipe"], dataset, manifest, captions, task.similarity(captions))
+    clips, texts = task.clips(captions.clip_ids), task.texts(captions.texts)
+    sim = model.score(texts, clips).float().cpu().numpy()
+    _add_texts(sheet, told["recipe"], dataset, manifest, captions, sim, sheet.cfg.prior_scale)
+    text_aware.save_run(folder / "index", model, captions.clip_ids, clips, _said(captions), told["frame_s"])
+    truth = paths.lists / "truth.json"
+    if truth.is_file() and told["frame_s"] is not None and hasattr(model.pooling, "attention"):
+        found = _grounding(Truth.read(truth), task, captions.clip_ids, clips, told)
+        with atomic(folder / "grounding.parquet") as f:
+            pq.write_table(found, f)
+
+
+def _grounding(
+    truth: Truth, task: TextToAudio, clip_ids: Sequence[str], clips: AudioFeatures, told: dict[str, Any]
+) -> pa.Table:
+    """grounding.parquet: for every sound of the test clips, when a text-aware pooling hears it.
+
+    Twice: by its attention's weights, and by how well each frame would meet the text alone, which is what it ranks by.
+    """
+    pooling = task.model.pooling
+
+    def attention(i: int, sentences: list[str]) -> np.ndarray:
+        attend: Callable[..., torch.Tensor] = pooling.attention  # type: ignore[assignment]  # TAP's and X-Pool's
+        weights = attend(clips.frames[i : i + 1], clips.mask[i : i + 1], task.texts(sentences))[0]
+        return weights.double().cpu().numpy()
+
+    def alone(i: int, sentences: list[str]) -> np.ndarray:
+        kept = clips.mask[i]
+        frames = clips.frames[i][kept][:, None]
+        sim = score_matrix(task.texts(sentences), frames, torch.ones_like(frames[..., 0], dtype=torch.bool), pooling)
+        strips = sim.new_zeros(len(sentences), len(kept))
+        strips[:, kept] = torch.softmax(sim / ALONE_TEMPERATURE, dim=-1)
+        return strips.double().cpu().numpy()
+
+    heard_s = [min(truth[c].end_s - truth[c].start_s, told["length_s"]) for c in clip_ids]
+    tables = []
+    for recipe, strip_of in ((told["recipe"], attention), (f"{told['recipe']} (each frame alone)", alone)):
+        columns = grounding.outcomes(truth, clip_ids, heard_s, told["frame_s"], strip_of)
+        about = {"stage": "train", "recipe": recipe, "seed": told["seed"], "dataset": told["dataset"]}
+        tables.append(grounding.table(columns, **about))
+    return pa.concat_tables(tables)

@@ -251,11 +251,11 @@ def train_one(job: Job, item: tuple[str, str, int]) -> str:
 
 
 def _order(cfg: PretrainConfig, seed: int, features: Features, train: Sequence[str]) -> Order | ShardOrder:
-    together = {"rank": group().rank, "world": group().size}
+    rank, world = group().rank, group().size
     if cfg.shards_at_once is None:
-        return Order(len(train), cfg.batch, seed, cfg.drop_last, **together)
+        return Order(len(train), cfg.batch, seed, cfg.drop_last, rank, world)
     of_clip = features.shards(features.numbers(train))
-    return ShardOrder(of_clip, cfg.shards_at_once, cfg.batch, seed, cfg.drop_last, **together)
+    return ShardOrder(of_clip, cfg.shards_at_once, cfg.batch, seed, cfg.drop_last, rank, world)
 
 
 def _side(recipe: Multiframe, n_images: int, paths: Paths, vit: VitConfig, train: Sequence[str]) -> SideConfig:

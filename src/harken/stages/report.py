@@ -24,8 +24,9 @@ import pyarrow.parquet as pq
 from harken.config import Config, Paths
 from harken.engines import Map
 from harken.errors import DataError
-from harken.evaluation import metrics, significance, statements, tables
+from harken.evaluation import grounding, metrics, significance, statements, strips, tables
 from harken.evaluation.choices import PARTS, Choices, Part
+from harken.evaluation.grounding import Groundings
 from harken.evaluation.significance import SeededDifference
 from harken.shards import atomic, publish, write_json
 from harken.training.loop import fold
@@ -38,15 +39,17 @@ CURVES = ("loss", "score")
 class ReportConfig(Config):
     """What the results are held against, and which are held against each other.
 
-    `chance_factor`: rows against this multiple of chance at R@1. `planted_percent`: where truth is planted, how often
-    the nearest image should be a right one. `compare` pairs rows of the tables `[a, b]`, `compare_planted` recipes of
-    `pretrain` by their nearest images; without planted truth the latter is not used.
+    `chance_factor`: rows against this multiple of chance at R@1. Where truth is planted, `planted_percent`: how often
+    the nearest image should be a right one; `onset_frames`: by how many frames a text-aware pooling's median onset may
+    be off. `compare` pairs rows of the tables `[a, b]`, `compare_planted` recipes of `pretrain` by their nearest
+    images; without planted truth the latter is not used.
     """
 
     title: str
     metrics: list[str]
     chance_factor: float
     planted_percent: float
+    onset_frames: float
     compare: list[tuple[str, str]]
     compare_planted: list[tuple[str, str]]
     n_resamples: int
@@ -60,14 +63,23 @@ def run(paths: Paths, cfg: ReportConfig, map: Map) -> None:
         raise DataError(f"{path}: nothing was evaluated. Run `dvc repro evaluate` first.")
     results = json.loads(path.read_text())
     choices, times = _choices(paths.evaluations), _image_times(paths.evaluations)
+    grounded, strips_of = _grounded(paths.evaluations, cfg)
     work = paths.work / "report"
-    text = "\n".join([f"# {cfg.title}", "", *_tables(results, cfg), *_says(paths, results, choices, times, cfg)])
+    says = [*_says(paths, results, choices, times, cfg), *_when(grounded, bool(strips_of), cfg)]
+    text = "\n".join([f"# {cfg.title}", "", *_tables(results, cfg), *says])
     with atomic(work / "report.md") as f:
         f.write((text.rstrip() + "\n").encode())
     with atomic(work / "results.json") as f:
         f.write(tables.as_json(results).encode())
-    write_json(work / "metrics.json", _metrics(results, choices, times))
+    told = _metrics(results, choices, times)
+    if grounded:
+        told["grounding"] = {found.dataset: said.means() for found, said in grounded}
+    write_json(work / "metrics.json", told)
     names = ["report.md", "results.json", "metrics.json", *_curves(paths, work)]
+    if strips_of:
+        names.append("strips.png")
+        with atomic(work / names[-1]) as f:
+            strips.draw(strips_of, f)
     publish(work, paths.report, names)
     print(text)
     log.info("report: %s", paths.report / "report.md")
@@ -83,6 +95,31 @@ def _image_times(evaluations: Path) -> dict[str, Any] | None:
     """None where no truth is planted."""
     path = evaluations / "image_times.json"
     return json.loads(path.read_text()) if path.is_file() else None
+
+
+def _grounded(
+    evaluations: Path, cfg: ReportConfig
+) -> tuple[list[tuple[Groundings, grounding.Summary]], list[strips.Panel]]:
+    """What the weights of text-aware poolings say of when, and some clips' strips; nothing without planted truth."""
+    path = evaluations / "grounding.parquet"
+    if not path.is_file():
+        return [], []
+    table = pq.read_table(path)
+    found = []
+    for gallery in Groundings.of(table):
+        said = grounding.summary(
+            gallery,
+            rng_of=lambda *parts: np.random.default_rng(fold("grounding", *parts)),
+            n_resamples=cfg.n_resamples,
+            level=cfg.level,
+        )
+        found.append((gallery, said))
+    return found, strips.panels(table)
+
+
+def _when(grounded: list[tuple[Groundings, grounding.Summary]], has_strips: bool, cfg: ReportConfig) -> list[str]:
+    lines = [line for found, said in grounded for line in statements.grounding(found, said, cfg.onset_frames)]
+    return [*lines, "", "![When each sentence is heard](strips.png)", ""] if has_strips else lines
 
 
 def _tables(results: list[dict[str, Any]], cfg: ReportConfig) -> list[str]:

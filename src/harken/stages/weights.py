@@ -46,6 +46,7 @@ from harken.training.loop import Plan, fit
 from harken.training.optim import warmup_cosine
 from harken.training.runs import device, devices
 from harken.training.tasks import Tagging
+from harken.world.captions import drawn as captions_drawn
 from harken.world.picture_captions import pairs
 
 log = logging.getLogger("harken")
@@ -77,14 +78,28 @@ class OpenClipConfig(Config):
     name: str
 
 
+class MaskedConfig(Config):
+    """Masked-word training on `n_captions` that are drawn from the built-in world's grammar."""
+
+    n_captions: int
+    steps: int
+    batch: int
+    lr: float
+
+
 class SmallBertConfig(Config):
-    """An untrained small BERT with a vocabulary of the training captions."""
+    """A small BERT with a vocabulary of the training captions. `masked`: how it is trained; null: it is not.
+
+    The papers start from a BERT that has read books. One that has read nothing tells captions apart only late in
+    training, and what attends by its states finds nothing to attend to until then.
+    """
 
     kind: Literal["small"]
     dim: int
     layers: int
     heads: int
     max_tokens: int
+    masked: MaskedConfig | None
     seed: int
 
 
@@ -186,6 +201,11 @@ def obtain(job: Job, part: str) -> tuple[str, dict[str, Any]]:
     return part, {**shape, **_panns(part, encoder, paths, work)}
 
 
+def is_random(folder: Path, name: str) -> bool:
+    """Whether a PANNs encoder starts from weights that each run draws from its own seed."""
+    return bool(json.loads((folder / "weights.json").read_text())["panns"].get(name, {}).get("kind") == "random")
+
+
 def load_encoder(folder: Path, name: str) -> Panns:
     """A PANNs encoder of the shape and with the weights that the stage obtained; random where it is to start so."""
     told = json.loads((folder / "weights.json").read_text())["panns"]
@@ -262,8 +282,14 @@ def _bert(cfg: SmallBertConfig | PretrainedBertConfig, captions: list[str], work
         model, source = Bert.pretrained(cfg.name), cfg.name
     else:
         torch.manual_seed(cfg.seed)
-        model = Bert.small(captions, dim=cfg.dim, layers=cfg.layers, heads=cfg.heads, max_tokens=cfg.max_tokens)
-        source = f"random, seed {cfg.seed}"
+        drawn = [] if cfg.masked is None else captions_drawn(cfg.masked.n_captions, cfg.seed)
+        shape = {"dim": cfg.dim, "layers": cfg.layers, "heads": cfg.heads, "max_tokens": cfg.max_tokens}
+        model, source = Bert.small([*captions, *drawn], **shape, dropout=0.1), f"random, seed {cfg.seed}"
+        if cfg.masked is not None:
+            how = cfg.masked
+            loss = model.train_masked(drawn, steps=how.steps, batch=how.batch, lr=how.lr, seed=cfg.seed)
+            source = f"masked words of {len(drawn)} drawn captions, seed {cfg.seed}"
+            log.info("weights: bert guesses hidden words with a loss of %.2f", loss)
     model.save(work / "bert")
     return {"source": source, "sha256": file_sha256(work / "bert" / "model.safetensors")}
 

@@ -91,6 +91,20 @@ class Features:
         """How many feature rows the clip has."""
         return int(self._rows[self._number[clip_id]])
 
+    @property
+    def all(self) -> frozenset[str]:
+        """Every clip."""
+        return frozenset(self._number)
+
+    @property
+    def most_rows(self) -> int:
+        """How many rows the longest clip has."""
+        return int(self._rows.max())
+
+    def at_least(self, n_rows: int) -> frozenset[str]:
+        """The clips that have so many rows."""
+        return frozenset(c for c, i in self._number.items() if self._rows[i] >= n_rows)
+
     def numbers(self, clip_ids: Sequence[str]) -> np.ndarray:
         """The clips' numbers. Raises DataError where one has no features."""
         try:
@@ -188,6 +202,9 @@ class Order:
     """The order of `n` items in each epoch, cut into batches. The last batch is smaller unless `drop_last`.
 
     Of `world` processes each takes its own part of every batch: together they see the batches that one alone would.
+    `clips` (item,) is each item's clip where items are captions: an epoch then goes through the clips again and again
+    until every caption was met, and no batch has two captions of one clip. Raises ConfigError where batches are too
+    large for that.
     """
 
     n: int
@@ -196,10 +213,16 @@ class Order:
     drop_last: bool = False
     rank: int = 0
     world: int = 1
+    clips: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         if self.n < 1 or (self.drop_last and self.n < self.batch):
             raise _too_few(self.n, self.batch)
+        if self.clips is not None and (n := len(np.unique(self.clips))) < self.batch:
+            raise ConfigError(
+                f"Batches of {self.batch} captions of different clips need as many clips, found {n}. Lower the "
+                "batch, or let an epoch be one of clips."
+            )
         _check_ranks(self.rank, self.world, self.batch)
         if not self.drop_last and 0 < self.n % self.batch < self.world:
             raise ConfigError(
@@ -213,7 +236,8 @@ class Order:
 
     def epoch(self, epoch: int, first_step: int = 0) -> Generator[np.ndarray, None, None]:
         """The item numbers of each batch of an epoch, from `first_step` on; of several processes, this one's part."""
-        order = np.random.default_rng((self.seed, epoch)).permutation(self.n)
+        rng = np.random.default_rng((self.seed, epoch))
+        order = rng.permutation(self.n) if self.clips is None else _spread(rng, self.clips, self.batch)
         for step in range(first_step, self.steps_per_epoch):
             yield np.array_split(order[step * self.batch : (step + 1) * self.batch], self.world)[self.rank]
 
@@ -222,6 +246,67 @@ class Order:
         size = min(self.batch, self.n - step * self.batch)
         share, extra = divmod(size, self.world)
         return Part(self.rank * share + min(self.rank, extra), size)
+
+
+def _spread(rng: np.random.Generator, clips: np.ndarray, batch: int) -> np.ndarray:
+    """A random order of captions in which those of a clip lie evenly over the epoch, and none share a batch."""
+    order = rng.permutation(len(clips))
+    nth, n = _counted(clips[order])
+    order = order[np.argsort((nth + rng.random(len(clips))) / n)]
+    for start in range(0, len(order), batch):
+        met: set[int] = set()
+        for at in range(start, min(start + batch, len(order))):
+            if clips[order[at]] in met:
+                other = _elsewhere(order, clips, at, batch, met)
+                if other is None:
+                    return _tight(rng, clips, batch)
+                order[at], order[other] = order[other], order[at]
+            met.add(int(clips[order[at]]))
+    return order
+
+
+def _elsewhere(order: np.ndarray, clips: np.ndarray, at: int, batch: int, met: set[int]) -> int | None:
+    """A place whose caption can change places with that at `at`: sooner to come first, else in a batch before."""
+    for i in range(at + 1, len(order)):
+        if int(clips[order[i]]) not in met:
+            return i
+    own = clips[order[at]]
+    first = at // batch * batch
+    for i in range(first - 1, -1, -1):
+        there = clips[order[i // batch * batch : i // batch * batch + batch]]
+        if own not in there and clips[order[i]] not in clips[order[first:]]:
+            return i
+    return None
+
+
+def _tight(rng: np.random.Generator, clips: np.ndarray, batch: int) -> np.ndarray:
+    """An order wherever there is one: each batch takes the clips that have most captions left (Ryser 1957).
+
+    Needed where batches are nearly as large as there are clips. Raises ConfigError where no order is such.
+    """
+    shuffled = rng.permutation(len(clips))
+    by_clip = shuffled[np.argsort(clips[shuffled], kind="stable")]
+    left = [w.tolist() for w in np.split(by_clip, np.flatnonzero(np.diff(clips[by_clip])) + 1)]
+    order: list[int] = []
+    while len(order) < len(clips):
+        chosen = sorted(left, key=lambda w: (-len(w), rng.random()))[: min(batch, len(clips) - len(order))]
+        if not all(chosen):
+            raise ConfigError(
+                f"No order of these captions has batches of {batch} without a clip twice. Lower the batch."
+            )
+        order += [w.pop() for w in chosen]
+    return np.array(order)
+
+
+def _counted(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """How often each value came before, and how often it comes in all."""
+    by_value = np.argsort(values, kind="stable")
+    starts = np.flatnonzero(np.r_[True, values[by_value][1:] != values[by_value][:-1]])
+    counts = np.diff(np.r_[starts, len(values)])
+    before, total = np.empty(len(values), np.int64), np.empty(len(values), np.int64)
+    before[by_value] = np.arange(len(values)) - np.repeat(starts, counts)
+    total[by_value] = np.repeat(counts, counts)
+    return before, total
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from harken.config import Config
 from harken.errors import DataError
+from harken.media.logmel import FLOOR
 from harken.models.features import AudioFeatures, Part
 from harken.models.losses import LOSSES
 from harken.models.matching import Match
@@ -27,6 +28,9 @@ from harken.training.loader import Batch, Loader, one_pass
 
 Score = Callable[[np.ndarray, list[np.ndarray]], Mapping[str, float]]
 """(scores (query, item), relevant items of each query) -> metrics; passed in by the stage from harken.evaluation."""
+
+SILENCE_DB = 10 * math.log10(FLOOR)
+"""What log-mels are of samples that are zero."""
 
 
 class AugmentConfig(Config):
@@ -280,13 +284,25 @@ class Tagging:
         return {"score": 0.0}  # the last weights are taken; what they are worth shows in what is trained from them
 
 
+def _lengthened(x: Tensor, n_frames: int) -> Tensor:
+    """(clip, frame, ...) with frames of zeros, or False, at the end up to `n_frames`."""
+    return torch.cat([x, x.new_zeros(len(x), n_frames - x.shape[1], *x.shape[2:])], dim=1)
+
+
 @dataclass
 class TextToAudio:
-    """Paper A: PANNs and BERT, a pooling and a loss (Xin et al. 2023)."""
+    """Paper A: PANNs and BERT, a pooling and a loss (Xin et al. 2023).
+
+    `features` are what the audio tower hears: log-mels, or, with `is_encoded`, its own frames, made once because it is
+    frozen. `loss_of` is called as the LOSSES are, with the batch's clip numbers, and with the `temperature` where the
+    model has one. The items of the order are clips, each with one of its captions at random, or, with `by_caption`,
+    captions. `padding` is how clips shorter than `n_rows` are heard: `masked` are what they are alone; `fixed` and
+    `longest` take padding for sound, up to `n_rows` or to the batch's longest clip, as Mei et al.'s code does.
+    """
 
     model: TextAudio
     tokenize: Callable[[Sequence[str]], Any]
-    loss_of: Callable[[Tensor], Tensor]
+    loss_of: Callable[..., Tensor]
     features: Features
     n_rows: int
     train: Captions
@@ -294,32 +310,63 @@ class TextToAudio:
     score: Score
     device: torch.device
     batch: int = 32
+    is_encoded: bool = False
+    by_caption: bool = False
+    padding: str = "masked"
+
+    @property
+    def _item_ids(self) -> Sequence[str]:
+        ids = self.train.clip_ids
+        return [ids[c] for c in self.train.clip_of] if self.by_caption else ids
 
     def batches(self, order: Order | ShardOrder) -> Loader:
-        return Loader(order, self.features, self.train.clip_ids, self.n_rows, self.device)
+        return Loader(order, self.features, self._item_ids, self.n_rows, self.device)
 
     def names(self, batch: Batch) -> Sequence[str]:
-        return _names(self.train.clip_ids, batch)
+        return _names(self._item_ids, batch)
 
     def loss(self, batch: Batch, epoch: int, generator: torch.Generator) -> tuple[Tensor, Mapping[str, float]]:
-        audio = self.model.encode_audio(batch.clips.on(self.device), batch.clips.valid_on(self.device))
-        drawn = self.train.draw(batch.items, generator)
+        drawn = batch.items if self.by_caption else self.train.draw(batch.items, generator)
         text = self.model.encode_text(self._tokens([self.train.texts[c] for c in drawn]))
-        sim = self.model.similarity(text, audio)
-        return self.loss_of(sim), {"diagonal": float(sim.detach().diagonal().mean())}
+        sim = self.model.similarity(text, self._audio(batch.clips))
+        learnt, extra = {}, {"diagonal": float(sim.detach().diagonal().mean())}
+        if self.model.temperature is not None:
+            learnt["temperature"] = self.model.temperature()
+            extra["temperature"] = float(learnt["temperature"].detach())
+        return self.loss_of(sim, torch.from_numpy(self.train.clip_of[drawn]), **learnt), extra
 
     def similarity(self, captions: Captions) -> np.ndarray:
-        """(caption, clip) cosine similarities of a whole split. Frames of all clips are held in memory once."""
-        frames, masks, texts = [], [], []
-        with one_pass(self.features, captions.clip_ids, self.batch, self.n_rows, self.device) as batches:
-            for clips in batches:
-                audio = self.model.encode_audio(clips.on(self.device), clips.valid_on(self.device))
-                frames.append(audio.frames)
-                masks.append(audio.mask)
-        for i in range(0, len(captions.texts), 4 * self.batch):
-            texts.append(self.model.encode_text(self._tokens(captions.texts[i : i + 4 * self.batch])))
-        audio = AudioFeatures(None, torch.cat(frames), torch.cat(masks))
-        return self.model.score(torch.cat(texts), audio).float().cpu().numpy()
+        """(caption, clip) cosine similarities of a whole split."""
+        return self.model.score(self.texts(captions.texts), self.clips(captions.clip_ids)).float().cpu().numpy()
+
+    def clips(self, clip_ids: Sequence[str]) -> AudioFeatures:
+        """What the model makes of clips (see `TextAudio.project`), all in memory: to be scored, or looked into."""
+        with one_pass(self.features, clip_ids, self.batch, self.n_rows, self.device) as batches:
+            found = [self._audio(clips) for clips in batches]
+        n_frames = max(f.frames.shape[1] for f in found)
+        frames, masks = ([_lengthened(getattr(f, k), n_frames) for f in found] for k in ("frames", "mask"))
+        return AudioFeatures(None, torch.cat(frames), torch.cat(masks))
+
+    def texts(self, texts: Sequence[str]) -> Float[Tensor, "caption joint"]:
+        """The projected captions."""
+        step = 4 * self.batch
+        parts = [self._tokens(texts[i : i + step]) for i in range(0, len(texts), step)]
+        return torch.cat([self.model.encode_text(tokens) for tokens in parts])
+
+    def _audio(self, clips: Clips) -> AudioFeatures:
+        heard, valid = clips.on(self.device), clips.valid_on(self.device)
+        if self.padding == "longest":
+            longest = int(clips.n_valid.max())
+            heard, valid = heard[:, :longest], valid[:, :longest]
+        if self.padding != "masked":
+            if isinstance(self.model.audio, Panns):
+                heard = heard.masked_fill(~valid[..., None], SILENCE_DB)  # they pad the samples, not the log-mels
+            valid = torch.ones_like(valid)
+        return (
+            self.model.project(AudioFeatures(None, heard, valid))
+            if self.is_encoded
+            else self.model.encode_audio(heard, valid)
+        )
 
     def validate(self) -> Mapping[str, float]:
         metrics = text_scores(self.similarity(self.val), self.val.clip_of, self.score)

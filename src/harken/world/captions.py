@@ -40,6 +40,27 @@ class Along:
 Scene = Sound | Then | Along
 
 
+def drawn(n: int, seed: int) -> list[str]:
+    """`n` captions of one to three sounds, as many as such a corpus has many times over, to train a text tower on.
+
+    They are about scenes of their own: nothing here knows the corpus's recordings. Caption k is the same for every n.
+    """
+    return [caption(_draw(rng), rng) for rng in (np.random.default_rng([seed, 8, k]) for k in range(n))]
+
+
+def _draw(rng: np.random.Generator) -> Scene:
+    names = rng.choice(len(CLASSES), int(rng.choice([1, 2, 3], p=[0.3, 0.4, 0.3])), replace=False)
+    sounds = [Sound(list(CLASSES)[int(i)], ("big", "small")[int(rng.integers(2))]) for i in names]
+    if len(sounds) == 1:
+        return sounds[0]
+    *first, last = sounds
+    if rng.random() < 0.5:
+        return Then(tuple(sounds))
+    if len(first) == 1:
+        return Along(first[0], last)
+    return Along(Then(tuple(first)), last) if rng.random() < 0.5 else Then((first[0], Along(first[1], last)))
+
+
 def noun_phrase(sound: Sound, with_size: bool) -> str:
     """ "a big dog", "heavy rain", "an ambulance"."""
     c = CLASSES[sound.name]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -50,7 +51,9 @@ class WorldConfig(Config):
     n_train: rows of AudioSet's unbalanced list, in which all AudioCaps clips (n_captioned for training, n_val, n_test)
     stand as well, as in the real one. n_balanced and n_eval: AudioSet's other lists. n_clotho_*: sounds of Clotho.
     unavailable, broken: shares of the recordings that cannot be had, or are damaged. width, height (pixels) and fps are
-    the videos'.
+    the videos'. n_sounds: the shares of the clips that have one, two and three sounds; null: 60, 28 and 12 %, and
+    more or fewer in the test galleries. sound_s: the shortest and the longest that a sound lasts; null: sounds fill the
+    clip between them. background_db: from how soft to how loud the noise behind the sounds is, in dBFS.
     """
 
     seed: int
@@ -68,6 +71,21 @@ class WorldConfig(Config):
     fps: int = Field(ge=2, le=60)
     unavailable: float = Field(ge=0, le=0.5)
     broken: float = Field(ge=0, le=0.25)
+    n_sounds: tuple[float, float, float] | None
+    sound_s: tuple[float, float] | None
+    background_db: tuple[float, float]
+
+    @model_validator(mode="after")
+    def _shares(self) -> WorldConfig:
+        if self.n_sounds is not None and (min(self.n_sounds) < 0 or abs(sum(self.n_sounds) - 1) > 1e-6):
+            raise ValueError(f"n_sounds is {list(self.n_sounds)}: expected three shares that sum to 1")
+        return self
+
+    @model_validator(mode="after")
+    def _lasts(self) -> WorldConfig:
+        if self.sound_s is not None and not 0.2 <= self.sound_s[0] <= self.sound_s[1]:
+            raise ValueError(f"sound_s is {list(self.sound_s)}: expected [shortest, longest], at least 0.2 seconds")
+        return self
 
     @model_validator(mode="after")
     def _holds_audiocaps(self) -> WorldConfig:
@@ -165,7 +183,7 @@ def _record(cfg: WorldConfig, group: _Group, i: int, reason: str, taken: set[str
     place = SCENES[int(rng.integers(len(SCENES)))]
     start_s, length_s, duration_s = _times(group, rng, reason)
     scene = _scene(cfg, group, i, rng, length_s)
-    events = _events(scene, length_s, rng)
+    events = _events(scene, length_s, rng, cfg.sound_s)
     if group.host != "youtube":
         events = _hear_only(events)
     elif not group.held_out:  # the test galleries are clean: what is wrong there is the model's fault
@@ -203,7 +221,7 @@ def _record(cfg: WorldConfig, group: _Group, i: int, reason: str, taken: set[str
         events=events,
         decoys=decoys,
         place=place,
-        background_db=float(rng.uniform(-50, -40)),
+        background_db=float(rng.uniform(*cfg.background_db)),
         n_channels=2 if is_video and rng.random() < 0.2 else 1,
         width=cfg.width,
         height=cfg.height,
@@ -234,8 +252,10 @@ def _times(group: _Group, rng: np.random.Generator, reason: str) -> tuple[float,
     return start_s, length_s, round(start_s + length_s + tail_s, 3)
 
 
-def _event_shares(group: _Group) -> list[float]:
+def _event_shares(cfg: WorldConfig, group: _Group) -> Sequence[float]:
     """The shares of a group's clips that have one, two and three sounds."""
+    if cfg.n_sounds is not None:
+        return cfg.n_sounds
     if not group.held_out:  # single sounds are what to learn from
         return [0.6, 0.28, 0.12]
     # captioned test clips are about combinations; a gallery of pictures is about what each shows
@@ -245,7 +265,9 @@ def _event_shares(group: _Group) -> list[float]:
 def _scene(cfg: WorldConfig, group: _Group, i: int, rng: np.random.Generator, length_s: float) -> Scene:
     """What sounds: classes that this group may hold together, in an order, at once, or both."""
     counts = [1, 2, 3] if length_s >= 6 else [1, 2]
-    weights = np.array(_event_shares(group)[: len(counts)])
+    weights = np.array(_event_shares(cfg, group)[: len(counts)])
+    if not weights.any():  # three sounds were asked for, and there is room for two
+        weights[-1] = 1.0
     n = int(rng.choice(counts, p=weights / weights.sum()))
     # every class leads equally often: the group's members walk through shuffled rounds of all classes
     lap, place = divmod(i, len(NAMES))
@@ -275,21 +297,28 @@ def _scene(cfg: WorldConfig, group: _Group, i: int, rng: np.random.Generator, le
     return Then((rest[0], Along(rest[1], along)) if rng.random() < 0.5 else (Along(rest[0], along), rest[1]))
 
 
-def _events(scene: Scene, length_s: float, rng: np.random.Generator) -> tuple[Event, ...]:
+def _events(
+    scene: Scene, length_s: float, rng: np.random.Generator, sound_s: Interval | None = None
+) -> tuple[Event, ...]:
     """The scene's sounds at their times, each on screen while it sounds."""
     edge = 0.04 * length_s
     start_s = 0.0 if rng.random() < 0.8 else float(rng.uniform(0.02, edge))
     end_s = length_s if rng.random() < 0.8 else length_s - float(rng.uniform(0.02, edge))
-    return _spread(scene, start_s, end_s, rng)
+    return _spread(scene, start_s, end_s, rng, sound_s)
 
 
-def _spread(scene: Scene, start_s: float, end_s: float, rng: np.random.Generator) -> tuple[Event, ...]:
+def _spread(
+    scene: Scene, start_s: float, end_s: float, rng: np.random.Generator, sound_s: Interval | None
+) -> tuple[Event, ...]:
     match scene:
         case Sound(name, size):
-            a, b = round(start_s, 3), round(end_s, 3)
+            a, b = (round(t, 3) for t in _within(start_s, end_s, rng, sound_s))
             return (Event(name, size, a, b, True, ((a, b),)),)
-        case Along(main, other):
-            return (*_spread(main, start_s, end_s, rng), *_spread(other, start_s, end_s, rng))
+        case Along(Sound() as main, other):
+            a, b = _within(start_s, end_s, rng, sound_s)  # at once: neither has a time of its own
+            return (*_spread(main, a, b, rng, None), *_spread(other, a, b, rng, None))
+        case Along(main, other):  # the other one sounds all the while
+            return (*_spread(main, start_s, end_s, rng, sound_s), *_spread(other, start_s, end_s, rng, None))
         case Then(parts):
             n, length_s = len(parts), end_s - start_s
             cuts = [start_s + length_s * (k / n + float(rng.uniform(-0.08, 0.08))) for k in range(1, n)]
@@ -297,8 +326,17 @@ def _spread(scene: Scene, start_s: float, end_s: float, rng: np.random.Generator
             edges = [start_s - gap / 2, *cuts, end_s + gap / 2]
             found: list[Event] = []
             for part, a, b in zip(parts, edges, edges[1:], strict=False):
-                found += _spread(part, a + gap / 2, b - gap / 2, rng)
+                found += _spread(part, a + gap / 2, b - gap / 2, rng, sound_s)
             return tuple(found)
+
+
+def _within(start_s: float, end_s: float, rng: np.random.Generator, sound_s: Interval | None) -> Interval:
+    """A stretch between two times that lasts as long as a sound does, or as long as there is room for."""
+    if sound_s is None:
+        return start_s, end_s
+    lasts_s = min(float(rng.uniform(*sound_s)), end_s - start_s)
+    first_s = start_s + float(rng.uniform(0, end_s - start_s - lasts_s))
+    return first_s, first_s + lasts_s
 
 
 def grid_times(length_s: float) -> tuple[float, float, float, float]:
