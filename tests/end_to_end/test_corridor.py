@@ -90,7 +90,8 @@ def expected_rows(params: Mapping[str, Any]) -> Iterator[tuple[str, str, str, in
     for name in params["finetune"]["recipes"]:
         yield from (("finetune", name, params["finetune"]["dataset"], s) for s in params["finetune"]["seeds"])
     for name, recipe in params["train"]["recipes"].items():
-        yield from (("train", name, recipe["dataset"], s) for s in params["train"]["seeds"])
+        rows = [name, f"{name} (transductive)"] if asked["prior_scale"] is not None else [name]
+        yield from (("train", row, recipe["dataset"], s) for row in rows for s in params["train"]["seeds"])
 
 
 def test_the_results_have_every_row(corridor: Corridor, paths: Paths) -> None:
@@ -105,6 +106,7 @@ def test_the_results_have_every_row(corridor: Corridor, paths: Paths) -> None:
                 assert 0 <= low <= values[f"R@{k}"] <= high <= 100
     report = (paths.report / "report.md").read_text()
     assert all(row in report for _, row, _, _ in expected_rows(corridor.params))
+    assert (paths.report / "strips.png").stat().st_size > 1000
     assert all(f"### {part}" in report for part in ("The nearest image", "When images are taken", "Comparisons"))
 
 

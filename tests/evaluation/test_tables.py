@@ -100,3 +100,13 @@ def test_json_holds_the_same_numbers() -> None:
 def test_results_that_do_not_add_up_are_refused(results: list[dict[str, Any]], says: str) -> None:
     with pytest.raises(DataError, match=says):
         summarise(results)
+
+
+def test_a_transductive_row_is_never_the_best() -> None:
+    def result(recipe: str, value: float) -> dict[str, Any]:
+        about = {"seed": 0, "dataset": "d", "split": "test", "n_clips": 3, "passport": "p"}
+        return {"recipe": recipe, **about, "metrics": {"t2a": {"R@1": value}}}
+
+    said = markdown([result("a", 50.0), result("b", 40.0), result("a (transductive)", 60.0)], ["R@1"])
+    assert "| a | 1 | **50.0** |" in said
+    assert "| a (transductive) | 1 | 60.0 |" in said

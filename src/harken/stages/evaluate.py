@@ -22,6 +22,7 @@ from harken.config import Config, Paths, parse
 from harken.engines import Map
 from harken.evaluation import agreement, grounding, metrics, protocols, significance
 from harken.evaluation.passports import Passport
+from harken.evaluation.tables import TRANSDUCTIVE
 from harken.models.features import AudioFeatures
 from harken.models.matching import nearest_images
 from harken.models.scoring import score_matrix
@@ -328,7 +329,7 @@ def _add_texts(
             "t2a": protocols.text_to_audio(t2a, captions.clip_of),
             "a2t": protocols.audio_to_text(a2t, captions.clip_of),
         }
-        sheet.add(f"{row} (transductive)", passport, captions.clip_ids, tasks)
+        sheet.add(f"{row} {TRANSDUCTIVE}", passport, captions.clip_ids, tasks)
 
 
 def _text_to_audio(

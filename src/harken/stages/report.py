@@ -129,6 +129,11 @@ def _tables(results: list[dict[str, Any]], cfg: ReportConfig) -> list[str]:
         f"R@k in percent, ties broken at random in expectation; mean ± sample standard deviation over seeds, "
         f"[{100 * cfg.level:.0f} % interval over clips]. A→T counts the best of a clip's captions."
     )
+    if any(tables.is_transductive(r) for r in results):
+        note += (
+            " A row marked (transductive) is revised by what all the other queries found, which a search does not "
+            "know: it is compared with its like only and is never the best."
+        )
     return [tables.markdown(results, cfg.metrics), note, ""]
 
 

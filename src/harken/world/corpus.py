@@ -52,8 +52,9 @@ class WorldConfig(Config):
     stand as well, as in the real one. n_balanced and n_eval: AudioSet's other lists. n_clotho_*: sounds of Clotho.
     unavailable, broken: shares of the recordings that cannot be had, or are damaged. width, height (pixels) and fps are
     the videos'. n_sounds: the shares of the clips that have one, two and three sounds; null: 60, 28 and 12 %, and
-    more or fewer in the test galleries. sound_s: the shortest and the longest that a sound lasts; null: sounds fill the
-    clip between them. background_db: from how soft to how loud the noise behind the sounds is, in dBFS.
+    more or fewer in the test galleries. sound_s: the shortest and the longest that a sound lasts, but for one that goes
+    on behind others in turn; null: sounds fill the clip between them. background_db: from how soft to how loud the
+    noise behind the sounds is, in dBFS.
     """
 
     seed: int
