@@ -251,7 +251,7 @@ def search(
 ) -> None:
     """The clips of the test gallery that sound most like a sentence, by a run of finetune or train.
 
-    Where the run reads a clip by the text, each hit has a strip of how much it reads of each frame, and its peak.
+    Where the run reads a clip by the text, each hit has a strip over time: how well each frame alone fits the sentence.
     """
     from harken.search import index, query, text_aware
     from harken.search.folder import is_text_aware
@@ -282,7 +282,7 @@ def search(
     for h in hits:
         out.print(f"{h.score:6.3f}  {h.clip_id}  {h.captions[0] if h.captions else ''}", markup=False)
         if isinstance(h, text_aware.TimedHit):
-            out.print(" " * 8 + text_aware.strip(h.weights, frame_s), markup=False, highlight=False, soft_wrap=True)
+            out.print(" " * 8 + text_aware.strip(h.alone, frame_s), markup=False, highlight=False, soft_wrap=True)
 
 
 def _clip_text(paths: Paths, sentence: str) -> Any:
@@ -313,7 +313,9 @@ def _run_text(paths: Paths, run: str, sentence: str) -> Any:
 
 def _told(hit: Any, frame_s: float | None) -> dict[str, Any]:
     told = {"clip_id": hit.clip_id, "score": hit.score, "captions": list(hit.captions)}
-    return told | {"weights": list(hit.weights), "frame_s": frame_s} if hasattr(hit, "weights") else told
+    if hasattr(hit, "weights"):
+        told |= {"weights": list(hit.weights), "alone": list(hit.alone), "frame_s": frame_s}
+    return told
 
 
 @app.command(epilog="Example: harken vipant bimodal_16x24_00071478.pth")

@@ -79,6 +79,10 @@ def test_the_scan_is_the_score_matrix(name: str, options: dict[str, object], tmp
         for h in hits:
             wanted_row = rows[int(h.clip_id)][mask[int(h.clip_id)]]
             np.testing.assert_allclose(h.weights, wanted_row.numpy(), atol=1e-5)
+    for h in hits:
+        own = frames[int(h.clip_id)][mask[int(h.clip_id)]][:, None]
+        alone = score_matrix(texts[-1:], own, torch.ones(len(own), 1, dtype=torch.bool), pool)[0].detach()
+        np.testing.assert_allclose(h.alone, alone.numpy(), atol=1e-5)
 
 
 def test_padding_that_is_attended_to_counts(tmp_path: Path) -> None:
@@ -339,7 +343,8 @@ def test_a_run_is_saved_as_its_pooling_needs(name: str, tmp_path: Path) -> None:
 
 
 def test_a_strip_says_when() -> None:
-    assert strip((0.0, 0.25, 0.5, 0.125, 0.125), 0.32) == "| ▄█▂▂| peak at 0.6 s"
+    quarter = 0.07 * float(np.log(0.5))
+    assert strip((-1.0, quarter, 0.0, 2 * quarter, 2 * quarter), 0.32) == "| ▄█▂▂| peak at 0.6 s"
     assert strip((1.0,), None) == "|█| peak at frame 0"
 
 
@@ -364,7 +369,7 @@ def test_the_command_prints_strips_and_json(tmp_path: Path, monkeypatch: pytest.
     assert all(sum(t["weights"]) == pytest.approx(1) for t in told)
     shown = asked("--run", "tap-20", "-k", "3").splitlines()
     assert len(shown) == 6
-    assert shown[1].strip() == strip(tuple(told[0]["weights"]), 0.32)
+    assert shown[1].strip() == strip(tuple(told[0]["alone"]), 0.32)
     assert json.loads(asked("--json"))[0] == {"clip_id": "v", "score": pytest.approx(0.5**0.5), "captions": []}
     assert "w" in asked("--run", "train/mf-20")
     with pytest.raises(ConfigError, match="finetune/mf-20, tap-20, train/mf-20"):

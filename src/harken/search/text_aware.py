@@ -83,6 +83,7 @@ LOOKED_AT = 40  # clips whose details are read, for each candidate
 TILE = 1 << 16  # clips of which coarse scores are made at once: bounds the memory, not the result
 BLOCK = 64  # clips that are read together: 8 MB of frames, which stay in the cache from one product to the next
 BLOCKS = " ▁▂▃▄▅▆▇█"
+TEMPERATURE = 0.07
 SLACK = 1e-4  # what rounding may take from a float32 score; see `scoring.TapIndex`
 
 TextAware = TextAwareAttention | XPool | MaxSim
@@ -91,9 +92,15 @@ Frames = Float[Tensor, "frame dim"]
 
 @dataclass(frozen=True, slots=True)
 class TimedHit(query.Hit):
-    """A hit, and how much of each frame the text reads: `weights` (frame,), which sum to 1."""
+    """A hit, and its frames: `weights` (frame,), how much of each the text reads, which sum to 1; `alone` (frame,), the
+    score that each would have if it were all that there is of the clip.
+
+    Weights need not lie where the sound is: a pooling may as well look for what contradicts the text (docs/grounding.md
+    has figures). What says when is `alone`.
+    """
 
     weights: tuple[float, ...] = ()
+    alone: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -252,14 +259,18 @@ def search(
         best = chosen[rough >= rough.topk(min(k, len(chosen))).values[-1] - SLACK]
         aim = _aim(index.pooling_64, text)
         final = [_final(index, text, aim, int(clip)) for clip in best]
-    scores = np.array([score for score, _ in final])
+    scores = np.array([score for score, *_ in final])
     order = np.lexsort((best.numpy(), -scores))[:k]  # ties: the earlier clip first
     rows = index.clips.take(pa.array(best.numpy()[order])).to_pylist()
-    return [_hit(rank, row, *final[i]) for rank, (row, i) in enumerate(zip(rows, order, strict=True), 1)]
+    return [_hit(rank, row, final[i]) for rank, (row, i) in enumerate(zip(rows, order, strict=True), 1)]
 
 
-def strip(weights: tuple[float, ...], frame_s: float | None) -> str:
-    """Weights over time, a block character for each frame, and where they peak: seconds, or the frame's number."""
+def strip(alone: tuple[float, ...], frame_s: float | None) -> str:
+    """Frames' scores over time, a block character each, and where they peak: seconds, or the frame's number.
+
+    Blocks show their softmax at the losses' temperature: cosines by themselves are all much alike.
+    """
+    weights = torch.softmax(torch.tensor(alone, dtype=torch.float64) / TEMPERATURE, dim=0).tolist()
     most = max(weights)
     row = "".join(BLOCKS[round((len(BLOCKS) - 1) * w / most)] for w in weights)
     peak = weights.index(most)
@@ -338,17 +349,20 @@ def _scores(index: TextAwareIndex, text: Float[Tensor, " dim"], clips: Int[Tenso
 
 def _final(
     index: TextAwareIndex, text: Float[Tensor, " dim"], aim: Float[Tensor, " dim"], clip: int
-) -> tuple[float, tuple[float, ...]]:
-    """A clip's score and its attention row, in float64."""
+) -> tuple[float, tuple[float, ...], tuple[float, ...]]:
+    """A clip's score, its attention row, and the score of each frame alone, in float64."""
     rows = index.frames[int(index.starts[clip]) : int(index.starts[clip + 1])].double()
     row = _attention(index.pooling_64, rows @ aim)
-    score = F.normalize(_read(index.pooling_64, row @ rows), dim=0) @ F.normalize(text, dim=0)
-    return float(score), tuple(row.tolist())
+    unit = F.normalize(text, dim=0)
+    score = F.normalize(_read(index.pooling_64, row @ rows), dim=0) @ unit
+    alone = _alone(index.pooling_64, rows) @ unit
+    return float(score), tuple(row.tolist()), tuple(alone.tolist())
 
 
-def _hit(rank: int, row: dict[str, Any], score: float, weights: tuple[float, ...]) -> TimedHit:
+def _hit(rank: int, row: dict[str, Any], found: tuple[float, tuple[float, ...], tuple[float, ...]]) -> TimedHit:
     clip_id, captions = row.pop("clip_id"), row.pop("captions", None)
-    return TimedHit(rank, clip_id, min(max(score, -1.0), 1.0), tuple(captions or ()), row, weights)
+    score, weights, alone = found
+    return TimedHit(rank, clip_id, min(max(score, -1.0), 1.0), tuple(captions or ()), row, weights, alone)
 
 
 def _tap(pooling: TextAware) -> TextAwareAttention | None:
