@@ -20,6 +20,8 @@ from harken.engines import ENGINES, engine, inline, local, n_workers
 from harken.errors import ClipError, ConfigError, HarkenError
 
 EVERY = sorted(ENGINES)
+# starting a Dask cluster takes seconds: what its other tests show too is shown by the slow ones
+MOST = [pytest.param(n, marks=pytest.mark.slow) if n == "dask" else n for n in EVERY]
 MANY = [n for n in EVERY if n != "inline"]
 PATHS = (str(Path(__file__).parent), str(Path(__file__).parents[1] / "src"))
 
@@ -47,20 +49,20 @@ def test_one_result_per_item_and_one_heavy_object_per_worker(name: str, toys: An
     assert len(set(made)) == len(made)
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", MOST)
 def test_nothing_to_do_makes_nothing(name: str, toys: Any, tmp_path: Path) -> None:
     assert results(name, toys.squarer, tmp_path, 0) == []
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", MOST)
 def test_errors_come_back_as_they_were_raised(name: str, toys: Any, tmp_path: Path) -> None:
     with pytest.raises(ClipError) as e:
         results(name, toys.refuser, tmp_path, 6)
     assert (e.value.reason, e.value.message) == ("qc.silent", "clip 3")
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", MOST)
 def test_the_environment_is_left_as_it_was(
     name: str, toys: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -298,7 +298,9 @@ def pid_in(folder: Path) -> int:
     return int((folder / "pid").read_text())
 
 
-@pytest.mark.parametrize("name", sorted(ENGINES))
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n == "dask" else n for n in sorted(ENGINES)]
+)
 def test_every_engine_s_workers_can_use_one(name: str, toys: Any, tmp_path: Path) -> None:
     """Dask's are daemonic: they may not start processes by multiprocessing."""
     if name == "dask":

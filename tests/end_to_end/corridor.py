@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,11 @@ from ruamel.yaml import YAML
 from harken.config import read_params
 
 ROOT = Path(__file__).parents[2]
+CHAIN = """
+import sys
+from harken.stages.__main__ import main
+sys.exit(any(main(stage) for stage in sys.argv[1].split()))
+"""
 OUTS = {
     "download": "media",
     "extract": "features",
@@ -94,7 +99,6 @@ class Corridor:
 
     root: Path
     params: dict[str, Any]
-    seconds: dict[str, float] = field(default_factory=dict)
 
     def write(self) -> None:
         self.root.mkdir(parents=True, exist_ok=True)
@@ -106,21 +110,23 @@ class Corridor:
         return self.root / str(self.params["paths"][name])
 
     def run_all(self, waves: Sequence[Sequence[str]]) -> None:
-        """Run stages wave by wave; those of a wave run side by side."""
+        """Run stages wave by wave. A wave is of chains, which run side by side, the stages of one in one process."""
         for wave in waves:
-            began = time.monotonic()
-            for stage, process in [(s, self.start(s)) for s in wave]:
+            for process in [self.start(chain) for chain in wave]:
                 said, _ = process.communicate(timeout=200)
-                self.seconds[stage] = time.monotonic() - began
                 assert process.returncode == 0, said
 
     def start(self, stage: str, together: int = 1, torchrun: Sequence[str] = (), **env: str) -> subprocess.Popen[str]:
-        """A stage, by itself or by `together` processes under torchrun; its process leads a group of its own."""
+        """A stage, by itself or by `together` processes under torchrun; its process leads a group of its own.
+
+        Several, with blanks between, run one after the other in one process.
+        """
         settings = {"HARKEN_PARAMS": "params.yaml", "HARKEN_ENGINE": "inline", "CI": "1", "HARKEN_DEVICE": "cpu"}
         settings |= {"PYTHONPATH": str(ROOT / "src"), **env}
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(together), *torchrun]
+        alone = launcher if together > 1 else []
         return subprocess.Popen(
-            [sys.executable, *(launcher if together > 1 else []), "-m", "harken.stages", stage],
+            [sys.executable, *(["-c", CHAIN, stage] if " " in stage else [*alone, "-m", "harken.stages", stage])],
             cwd=self.root,
             env={**os.environ, **settings},
             text=True,

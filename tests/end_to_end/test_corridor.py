@@ -118,7 +118,7 @@ def test_one_gallery_has_one_passport(paths: Paths) -> None:
     assert all(len(passports) == 1 for passports in of.values())
 
 
-REWRITTEN = ("clips.parquet", "ranks.parquet", "planted.parquet", "visits.parquet", "missing.parquet")
+REWRITTEN = tuple(f"{n}.parquet" for n in ("clips", "ranks", "planted", "grounding", "visits", "missing"))
 
 
 @pytest.mark.parametrize("name", STAGES)

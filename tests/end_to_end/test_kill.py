@@ -24,7 +24,7 @@ MATRIX = {
     "finetune": ("*/state.safetensors", "inline"),
     "train": ("*/state.safetensors", "inline"),
 }
-SLOW = ("extract", "finetune", "train")
+SLOW = ("download", "extract", "finetune", "train")
 N_KILLS = 20
 # of unfinished work alone
 SCRATCH = ("spool", "state.safetensors", "settings.json", "diverged.json")

@@ -194,6 +194,7 @@ def test_a_split_that_is_not_asked_for_yet_is_not_lost(make_lab: Callable[..., L
     assert Counter(lab.reasons().values())[UNVISITED] == 50
 
 
+@pytest.mark.slow
 def test_media_that_were_lost_are_fetched_again_once_or_told_to_be_gone(make_lab: Callable[..., Lab]) -> None:
     lab = make_lab(60)
     lab.run()
@@ -277,6 +278,7 @@ def test_what_other_settings_would_judge_otherwise_is_asked_again(make_lab: Call
     assert all(lab.reasons()[k] == "" for k in blind)
 
 
+@pytest.mark.slow
 def test_forgotten_clips_are_not_asked_for_and_not_kept(make_lab: Callable[..., Lab]) -> None:
     from harken.takedown import FORGOTTEN, forget
 
@@ -290,6 +292,7 @@ def test_forgotten_clips_are_not_asked_for_and_not_kept(make_lab: Callable[..., 
     assert ok not in lab.asked()
 
 
+@pytest.mark.slow
 def test_a_session_that_is_refused_ends_the_run_and_counts_against_no_clip(make_lab: Callable[..., Lab]) -> None:
     lab = make_lab(60, storms=[Storm(30, 100_000, "bot_check")])
     with pytest.raises(LanePaused, match="run the same command again"):

@@ -114,6 +114,7 @@ def test_same_clip_same_bytes_and_one_bad_clip_fails_alone(
     assert told["ended"] == "0"
 
 
+@pytest.mark.slow
 def test_flags_are_judged_again_without_decoding(
     clips: dict[str, dict[str, Any]], paths: Paths, monkeypatch: pytest.MonkeyPatch
 ) -> None:
