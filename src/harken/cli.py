@@ -280,7 +280,7 @@ def search(
         print(json.dumps([_told(h, frame_s) for h in hits], indent=1))
         return
     for h in hits:
-        out.print(f"{h.score:6.3f}  {h.clip_id}  {h.captions[0] if h.captions else ''}", markup=False)
+        out.print(f"{h.score:6.3f}  {h.clip_id}  {h.captions[0] if h.captions else ''}", markup=False, soft_wrap=True)
         if isinstance(h, text_aware.TimedHit):
             out.print(" " * 8 + text_aware.strip(h.alone, frame_s), markup=False, highlight=False, soft_wrap=True)
 
