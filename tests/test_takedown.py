@@ -19,13 +19,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from harken import attempts, takedown
 from harken.clips import Clip, Manifest, Source, Split, youtube_id, zenodo_id
 from harken.config import Paths
 from harken.errors import ConfigError, DataError
 from harken.media.reasons import POLICIES
-from harken.search import index
+from harken.models.pooling import POOLINGS
+from harken.search import index, text_aware
 from harken.shards import ShardWriter, digest_of, facts, ledger, publish, read_shard, read_table, shard_path
 from harken.stages.download import COLUMNS as MEDIA
 from harken.takedown import FORGOTTEN, MESSAGE, Forgotten, forget, forgotten, read_tombstones, tombstones
@@ -252,6 +254,26 @@ def test_only_shards_that_hold_the_clip_are_written(corpus: Corpus) -> None:
     report = take_down(corpus, DASH)
     assert {f: shard_path(f, other).stat().st_ino for f in before} == before
     assert report.removed[str(corpus.paths.media)] == report.removed[str(corpus.paths.work / "download")] == 1
+
+
+def test_what_a_text_aware_run_kept_is_cleared(corpus: Corpus) -> None:
+    paths, ids = corpus.paths, [c.id for c in CLIPS if c.id != DENIED]
+    arrays = {"frames": (8, "float32")}
+    kept = paths.work / "train-frames" / "cnn14.audiocaps"
+    frames = {i: np.frombuffer(mark_of(i, "frames") * 4, np.uint8).astype(np.float32).reshape(-1, 8) for i in ids}
+    with ShardWriter(kept, 0, fingerprint="t", columns={}, arrays=arrays) as out:
+        for i in ids:
+            out.write(i, frames=frames[i])
+    folder = paths.evaluations / "index" / "train" / "tap-20"
+    pooling = POOLINGS["tap"](dim=8, dp=4).eval()
+    text_aware.build(ids, (torch.from_numpy(f) for f in frames.values()), pooling, folder)
+    before = {h.clip_id: h.score for h in text_aware.search(text_aware.load(folder), np.ones(8), len(ids), exact=True)}
+    take_down(corpus, DASH)
+    assert DASH in before
+    assert DASH not in read_table(kept)["clip_id"].to_pylist()
+    assert not any(frames[DASH].tobytes() in p.read_bytes() for p in kept.rglob("*") if p.is_file())
+    after = {h.clip_id: h.score for h in text_aware.search(text_aware.load(folder), np.ones(8), len(ids), exact=True)}
+    assert after == {i: s for i, s in before.items() if i != DASH}
 
 
 def test_spool_and_archives_are_cleared(corpus: Corpus) -> None:
