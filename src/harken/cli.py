@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from harken import __version__, acquire
-from harken.config import Config, Paths, load, params_path, parse, read_params
+from harken.config import Config, Paths, load, params_path, read_params
 from harken.engines import n_cores
 from harken.errors import ConfigError, DataError, HarkenError, unknown
 from harken.stages import STAGES, config_class
@@ -299,14 +299,13 @@ def _run_text(paths: Paths, run: str, sentence: str) -> Any:
     """The sentence by the text tower of a run of train."""
     import torch
 
-    from harken.stages.train import ModelConfig, build_model
-    from harken.training.runs import load_model, runs_in
+    from harken.stages.train import trained_model
+    from harken.training.runs import runs_in
 
     told = {r["run"]: r for r in runs_in(paths.trained)}
     if run not in told:
         raise unknown(f"{paths.trained}: runs", run, told)
-    model, tokenize = build_model(paths.weights, parse(f"{run}: model", ModelConfig, told[run]["model"]))
-    load_model(paths.trained, run, model)
+    model, tokenize, _ = trained_model(paths, told[run])
     with torch.inference_mode():
         return model.encode_text(tokenize([sentence])).numpy()[0]
 

@@ -12,9 +12,9 @@ import pyarrow as pa
 import pytest
 
 from harken.errors import ConfigError, DataError
-from harken.evaluation import grounding
-from harken.evaluation.grounding import Found, Groundings, Query, ground, mass_inside, outcomes, pooled_median, queries
-from harken.evaluation.significance import Pooled
+from harken.evaluation import grounding, significance
+from harken.evaluation.grounding import Found, Groundings, Query, ground, mass_inside, outcomes, queries
+from harken.evaluation.significance import Pooled, pooled_median
 from harken.evaluation.statements import grounding as grounding_says
 from harken.evaluation.statements import onset_held
 from harken.world import WorldConfig
@@ -351,7 +351,7 @@ class TestPooledMedian:
     def test_blocks_bound_the_memory_not_the_result(self, monkeypatch: pytest.MonkeyPatch) -> None:
         values = {20: np.random.default_rng(1).random(7)}
         whole = pooled_median(values, self.CLIPS, rng=np.random.default_rng(0), n_resamples=50)
-        monkeypatch.setattr(grounding, "BLOCK", 20)
+        monkeypatch.setattr(significance, "BLOCK", 20)
         assert pooled_median(values, self.CLIPS, rng=np.random.default_rng(0), n_resamples=50) == whole
 
     @pytest.mark.parametrize(

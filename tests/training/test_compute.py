@@ -28,13 +28,7 @@ from harken.training.compute import ComputeConfig, Encode, How, peak_flops, prep
 N, SEGMENTS, FRAMES, MELS, DIM = 6, 3, 96, 32, 12
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Toys are slowed by more: threads that have nothing to do wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def config(**changes: Any) -> ComputeConfig:

@@ -7,7 +7,6 @@ import copy
 import itertools
 import json
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -59,13 +58,7 @@ AUGMENT = AugmentConfig(freq_mask=6, time_mask=20, roll=True, gain_db=3.0)
 PLAIN = AugmentConfig(freq_mask=0, time_mask=0, roll=False, gain_db=0.0)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Toys are slowed by more: threads that have nothing to do wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def write(folder: Path, bad: dict[str, float] | None = None) -> Features:

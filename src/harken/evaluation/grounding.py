@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from harken.errors import ConfigError, DataError
-from harken.evaluation.significance import BLOCK, Pooled, SeededDifference, paired_by_seed, pooled
+from harken.evaluation.significance import Pooled, SeededDifference, paired_by_seed, pooled, pooled_median
 from harken.world.captions import Sound, caption, noun_phrase
 from harken.world.classes import CLASSES
 from harken.world.records import Event
@@ -347,57 +347,6 @@ def summary(
                     rng = rng_of(found.dataset, recipe, part, name)
                     into[recipe, part] = paired_by_seed(a, b, found.clips[both], rng=rng, **how)
     return Summary(cells, against["flat"], against["other_clips"], against["other_texts"])
-
-
-def pooled_median(
-    by_seed: Mapping[int, npt.ArrayLike],
-    clips: npt.ArrayLike,
-    *,
-    rng: np.random.Generator,
-    n_resamples: int = 10_000,
-    level: float = 0.95,
-) -> Pooled:
-    """As `significance.pooled`, of medians: the mean of the seeds' medians, and its interval over clips.
-
-    by_seed: seed -> (query,). clips: (query,). A resample takes the same clips of every seed. Raises ConfigError for
-    shapes, resamples or a level that do not fit, DataError for NaN.
-    """
-    seeds, owner = tuple(sorted(by_seed)), np.asarray(clips)
-    values = [np.asarray(by_seed[s], np.float64) for s in seeds]
-    if not values or owner.ndim != 1 or not owner.size or any(v.shape != owner.shape for v in values):
-        raise ConfigError(
-            f"pooled_median: expected the clip of each query {owner.shape}, and at least one seed with as many values, "
-            f"found { {s: v.shape for s, v in zip(seeds, values, strict=True)} }."
-        )
-    if n_resamples < 1 or not 0 < level < 1:
-        raise ConfigError(f"expected n_resamples >= 1 and 0 < level < 1, found {n_resamples} and {level}.")
-    if not all(np.isfinite(v).all() for v in values):
-        raise DataError("pooled_median: NaN or infinite for some query. Recompute the run's per-query results.")
-    each = [float(np.median(v)) for v in values]
-    index = np.unique(owner, return_inverse=True)[1]
-    draws = np.concatenate(
-        [np.mean([_weighted_median(v, times) for v in values], axis=0) for times in _times(index, n_resamples, rng)]
-    )
-    low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
-    std = float(np.std(each, ddof=1)) if len(each) > 1 else None
-    return Pooled(float(np.mean(each)), std, float(low), float(high), level, seeds)
-
-
-def _times(index: npt.NDArray[np.int64], n: int, rng: np.random.Generator) -> Iterator[npt.NDArray[np.int64]]:
-    """How often each query is in a resample of the clips: (resample, query), in blocks."""
-    n_clips = int(index.max()) + 1
-    step = max(1, BLOCK // max(len(index), n_clips))
-    for start in range(0, n, step):
-        yield rng.multinomial(n_clips, np.full(n_clips, 1 / n_clips), min(step, n - start))[:, index]
-
-
-def _weighted_median(values: Float, times: npt.NDArray[np.int64]) -> Float:
-    """The median of `values` (query,) if each comes so many times: (resample,) for times (resample, query)."""
-    order = np.argsort(values, kind="stable")
-    up_to = times[:, order].cumsum(axis=1)
-    n = up_to[:, -1]
-    low, high = ((up_to <= at[:, None]).sum(axis=1) for at in ((n - 1) // 2, n // 2))
-    return (values[order][low] + values[order][high]) / 2
 
 
 def _by_seed(rows: pa.Table) -> Iterator[tuple[int, pa.Table]]:

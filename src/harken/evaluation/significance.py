@@ -158,6 +158,39 @@ def pooled(
     return Pooled(i.mean, std, i.low, i.high, level, seeds)
 
 
+def pooled_median(
+    by_seed: Mapping[int, npt.ArrayLike],
+    clips: npt.ArrayLike,
+    *,
+    rng: np.random.Generator,
+    n_resamples: int = 10_000,
+    level: float = 0.95,
+) -> Pooled:
+    """As `pooled`, of medians: the mean of the seeds' medians, and its interval over clips.
+
+    by_seed: seed -> (query,). clips: (query,). A resample takes the same clips of every seed. Raises ConfigError for
+    shapes, resamples or a level that do not fit, DataError for NaN.
+    """
+    seeds, owner = tuple(sorted(by_seed)), np.asarray(clips)
+    values = [np.asarray(by_seed[s], np.float64) for s in seeds]
+    if not values or owner.ndim != 1 or not owner.size or any(v.shape != owner.shape for v in values):
+        raise ConfigError(
+            f"pooled_median: expected the clip of each query {owner.shape}, and at least one seed with as many values, "
+            f"found { {s: v.shape for s, v in zip(seeds, values, strict=True)} }."
+        )
+    _check(n_resamples, level)
+    if not all(np.isfinite(v).all() for v in values):
+        raise DataError("pooled_median: NaN or infinite for some query. Recompute the run's per-query results.")
+    each = [float(np.median(v)) for v in values]
+    index = np.unique(owner, return_inverse=True)[1]
+    draws = np.concatenate(
+        [np.mean([_weighted_median(v, times) for v in values], axis=0) for times in _times(index, n_resamples, rng)]
+    )
+    low, high = _ends(draws, level)
+    std = float(np.std(each, ddof=1)) if len(each) > 1 else None
+    return Pooled(float(np.mean(each)), std, low, high, level, seeds)
+
+
 def paired_by_seed(
     a: Mapping[int, npt.ArrayLike],
     b: Mapping[int, npt.ArrayLike],
@@ -230,3 +263,19 @@ def _resampled(total: Float, count: Float, n: int, rng: np.random.Generator) -> 
 def _ends(draws: Float, level: float) -> tuple[float, float]:
     low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
+
+
+def _times(index: npt.NDArray[np.int64], n: int, rng: np.random.Generator) -> Iterator[npt.NDArray[np.int64]]:
+    """How often each query is in a resample of the clips: (resample, query), in blocks."""
+    n_clips = int(index.max()) + 1
+    for size in _blocks(n, max(len(index), n_clips)):
+        yield rng.multinomial(n_clips, np.full(n_clips, 1 / n_clips), size)[:, index]
+
+
+def _weighted_median(values: Float, times: npt.NDArray[np.int64]) -> Float:
+    """The median of `values` (query,) if each comes so many times: (resample,) for times (resample, query)."""
+    order = np.argsort(values, kind="stable")
+    up_to = times[:, order].cumsum(axis=1)
+    n = up_to[:, -1]
+    low, high = ((up_to <= at[:, None]).sum(axis=1) for at in ((n - 1) // 2, n // 2))
+    return (values[order][low] + values[order][high]) / 2

@@ -6,7 +6,6 @@ What the files hold: `text_aware`.
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -15,12 +14,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from harken.errors import DataError
-from harken.shards import atomic, file_sha256, write_json
+from harken.search import index
+from harken.shards import atomic
 
 FRAMES, STARTS, DETAILS, SKETCHES = "frames.npy", "starts.npy", "details.npy", "sketches.npy"
 BASES = ("basis.npy", "key_basis.npy")
-POOLING, CLIPS, FACTS = "pooling.safetensors", "clips.parquet", "index.json"
+POOLING, CLIPS, FACTS = "pooling.safetensors", index.CLIPS, index.FACTS
 FILES = (FRAMES, STARTS, DETAILS, SKETCHES, *BASES, POOLING, CLIPS)
 FORMAT = "text-aware 1"
 
@@ -31,29 +30,18 @@ def is_text_aware(folder: Path) -> bool:
 
 
 def read_facts(folder: Path) -> dict[str, Any]:
-    """index.json. Raises DataError where there is none, it is of another format or a file is missing beside it."""
-    path = folder / FACTS
-    if not path.is_file():
-        raise DataError(f"{folder}: no index here (index.json is missing). Build it first, or check the folder.")
-    facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    if facts.get("format") != FORMAT:
-        raise DataError(f"{path}: format {facts.get('format')!r}, this reads {FORMAT!r}. Build the index again.")
-    if missing := [name for name in FILES if not (folder / name).is_file()]:
-        raise DataError(f"{folder}: {', '.join(missing)} missing beside index.json. Build the index again.")
-    return facts
+    """As `index.read_facts`, of a text-aware index."""
+    return index.read_facts(folder, FORMAT, FILES)
 
 
 def write_facts(folder: Path, facts: Mapping[str, Any]) -> None:
-    """index.json, with the hashes of the files that are there: the index is whole now."""
-    hashes = {name: file_sha256(folder / name) for name in FILES}
-    write_json(folder / FACTS, {**facts, "format": FORMAT, "sha256": hashes})
+    """As `index.write_facts`, of a text-aware index."""
+    index.write_facts(folder, FORMAT, FILES, facts)
 
 
 def verify(folder: Path) -> None:
     """Read every byte of the index in `folder` and raise DataError where a file is not what was saved."""
-    for name, expected in read_facts(folder)["sha256"].items():
-        if file_sha256(folder / name) != expected:
-            raise DataError(f"{folder / name}: changed since the index was saved. Build the index again.")
+    index.verify_files(folder, read_facts(folder))
 
 
 def write_header(f: BinaryIO, dtype: str, shape: tuple[int, ...]) -> None:

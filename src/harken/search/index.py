@@ -11,7 +11,7 @@ vector for each clip is all that does not depend on the text; for text-aware poo
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from harken.errors import ConfigError, DataError
 from harken.shards import atomic, file_sha256, write_json
 
 EMBEDDINGS, CLIPS, FACTS = "embeddings.npy", "clips.parquet", "index.json"
+FILES = (EMBEDDINGS, CLIPS)
 FORMAT = 1
 
 
@@ -52,8 +53,7 @@ class Index:
             np.save(f, np.ascontiguousarray(self.embeddings), allow_pickle=False)
         with atomic(folder / CLIPS) as f:
             pq.write_table(self.clips, f)
-        hashes = {name: file_sha256(folder / name) for name in (EMBEDDINGS, CLIPS)}
-        write_json(folder / FACTS, {"format": FORMAT, "n_clips": len(self), "dim": self.dim, "sha256": hashes})
+        write_facts(folder, FORMAT, FILES, {"n_clips": len(self), "dim": self.dim})
 
 
 def build(clip_ids: Sequence[str], embeddings: npt.ArrayLike, meta: pa.Table | None = None) -> Index:
@@ -105,7 +105,7 @@ def load(folder: Path) -> Index:
 
     Only sizes are checked here; `verify` reads every byte.
     """
-    facts = _facts(folder)
+    facts = read_facts(folder, FORMAT, FILES)
     embeddings = np.load(folder / EMBEDDINGS, mmap_mode="r", allow_pickle=False)
     clips = pq.read_table(folder / CLIPS)
     expected = (facts["n_clips"], facts["dim"])
@@ -119,19 +119,30 @@ def load(folder: Path) -> Index:
 
 def verify(folder: Path) -> None:
     """Read every byte of the index in `folder` and raise DataError where a file is not what was saved."""
-    for name, expected in _facts(folder)["sha256"].items():
+    verify_files(folder, read_facts(folder, FORMAT, FILES))
+
+
+def verify_files(folder: Path, facts: Mapping[str, Any]) -> None:
+    """Hold every file that `facts` has a hash of against it."""
+    for name, expected in facts["sha256"].items():
         if file_sha256(folder / name) != expected:
             raise DataError(f"{folder / name}: changed since the index was saved. Build the index again.")
 
 
-def _facts(folder: Path) -> dict[str, Any]:
+def read_facts(folder: Path, form: int | str, files: Sequence[str]) -> dict[str, Any]:
+    """index.json. Raises DataError where there is none, it is of another format or one of `files` is missing."""
     path = folder / FACTS
     if not path.is_file():
         raise DataError(f"{folder}: no index here (index.json is missing). Build it first, or check the folder.")
     facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    if facts.get("format") != FORMAT:
-        raise DataError(f"{path}: format {facts.get('format')!r}, this version reads {FORMAT}. Build the index again.")
-    missing = [name for name in (EMBEDDINGS, CLIPS) if not (folder / name).is_file()]
-    if missing:
+    if facts.get("format") != form:
+        raise DataError(f"{path}: format {facts.get('format')!r}, this reads {form!r}. Build the index again.")
+    if missing := [name for name in files if not (folder / name).is_file()]:
         raise DataError(f"{folder}: {', '.join(missing)} missing beside index.json. Build the index again.")
     return facts
+
+
+def write_facts(folder: Path, form: int | str, files: Sequence[str], facts: Mapping[str, Any]) -> None:
+    """index.json, with the hashes of the files that are there: the index is whole now."""
+    hashes = {name: file_sha256(folder / name) for name in files}
+    write_json(folder / FACTS, {**facts, "format": form, "sha256": hashes})

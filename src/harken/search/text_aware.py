@@ -83,7 +83,7 @@ LOOKED_AT = 40  # clips whose details are read, for each candidate
 TILE = 1 << 16  # clips of which coarse scores are made at once: bounds the memory, not the result
 BLOCK = 64  # clips that are read together: 8 MB of frames, which stay in the cache from one product to the next
 BLOCKS = " ▁▂▃▄▅▆▇█"
-TEMPERATURE = 0.07
+TEMPERATURE = 0.07  # the losses' own: how frames' cosines become a strip that sums to 1
 SLACK = 1e-4  # what rounding may take from a float32 score; see `scoring.TapIndex`
 
 TextAware = TextAwareAttention | XPool | MaxSim

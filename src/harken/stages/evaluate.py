@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import torch
 
 from harken.clips import Manifest, Split
-from harken.config import Config, Paths, parse
+from harken.config import Config, Paths
 from harken.engines import Map
 from harken.evaluation import agreement, grounding, metrics, protocols, significance
 from harken.evaluation.passports import Passport
@@ -31,7 +31,7 @@ from harken.progress import track
 from harken.search import index, text_aware
 from harken.shards import atomic, code_version, digest_of, file_sha256, fingerprint, publish, read_table, write_json
 from harken.stages.pretrain import FRAME_SHIFT_S, AtPool, build_tower, fbank_input, split_ids, tower_of
-from harken.stages.train import Hearing, ModelConfig, build_model, padding_of
+from harken.stages.train import Hearing, padding_of, trained_model
 from harken.training.data import CaptionEmbeddings, ImageEmbeddings, captions_of
 from harken.training.loop import fold
 from harken.training.runs import device, devices, load_model, runs_in
@@ -57,7 +57,6 @@ CODE = (
     "media/quality.py",
 )
 STAGES = ("pretrain", "finetune", "train")
-ALONE_TEMPERATURE = 0.07  # the losses' own: how a frame's cosines become a strip that sums to 1
 TABLES = ("ranks.parquet", "planted.parquet", "grounding.parquet")
 PLANTED = {
     "clip_id": pa.string(),
@@ -202,7 +201,7 @@ def evaluate_run(job: Job, name: str) -> str:
     manifest = Manifest.read(paths.manifest)
     with torch.no_grad():
         if stage == "train":
-            _text_to_audio(paths, run_name, told, manifest, sheet, folder)
+            _text_to_audio(paths, told, manifest, sheet, folder)
         else:
             vit, side = tower_of(told, f"{source / run_name}/run.json", stage)
             tower = build_tower(paths, vit, side, told["seed"], at_pool=told.get("at_pool", cfg.at_pool))
@@ -318,26 +317,19 @@ def _add_texts(
 ) -> None:
     told = {c: [captions.texts[i] for i in of] for c, of in zip(captions.clip_ids, captions.of, strict=True)}
     passport = Passport.of(dataset, "test", told, len(manifest.of(dataset, Split.TEST)))
-    tasks = {
-        "t2a": protocols.text_to_audio(sim, captions.clip_of),
-        "a2t": protocols.audio_to_text(sim, captions.clip_of),
-    }
-    sheet.add(row, passport, captions.clip_ids, tasks)
+    rows = {row: (sim, sim)}
     if prior_scale is not None:
-        t2a, a2t = protocols.dual_softmax(sim, prior_scale)
+        rows[f"{row} {TRANSDUCTIVE}"] = protocols.dual_softmax(sim, prior_scale)
+    for name, (t2a, a2t) in rows.items():
         tasks = {
             "t2a": protocols.text_to_audio(t2a, captions.clip_of),
             "a2t": protocols.audio_to_text(a2t, captions.clip_of),
         }
-        sheet.add(f"{row} {TRANSDUCTIVE}", passport, captions.clip_ids, tasks)
+        sheet.add(name, passport, captions.clip_ids, tasks)
 
 
-def _text_to_audio(
-    paths: Paths, run_name: str, told: dict[str, Any], manifest: Manifest, sheet: Sheet, folder: Path
-) -> None:
-    spec, dataset = parse(f"{run_name}: model", ModelConfig, told["model"]), told["dataset"]
-    model, tokenize = build_model(paths.weights, spec)
-    load_model(paths.trained, run_name, model)
+def _text_to_audio(paths: Paths, told: dict[str, Any], manifest: Manifest, sheet: Sheet, folder: Path) -> None:
+    (model, tokenize, spec), dataset = trained_model(paths, told), told["dataset"]
     model.to(device())
     hearing = Hearing.of(paths, told["length_s"], spec.recipe.encoder)
     captions = hearing.captions(manifest, dataset, Split.TEST)
@@ -383,7 +375,7 @@ def _grounding(
         frames = clips.frames[i][kept][:, None]
         sim = score_matrix(task.texts(sentences), frames, torch.ones_like(frames[..., 0], dtype=torch.bool), pooling)
         strips = sim.new_zeros(len(sentences), len(kept))
-        strips[:, kept] = torch.softmax(sim / ALONE_TEMPERATURE, dim=-1)
+        strips[:, kept] = torch.softmax(sim / text_aware.TEMPERATURE, dim=-1)
         return strips.double().cpu().numpy()
 
     heard_s = [min(truth[c].end_s - truth[c].start_s, told["length_s"]) for c in clip_ids]

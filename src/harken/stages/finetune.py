@@ -33,12 +33,12 @@ from harken.training.runs import (
     devices,
     finish,
     folder_of,
+    left_to_do,
     load_model,
     publish_runs,
     run_name,
     runs_in,
     seeds_times,
-    unfinished,
 )
 from harken.training.tasks import AudioText, AugmentConfig, Captions
 
@@ -121,8 +121,7 @@ def _todo(paths: Paths, cfg: FinetuneConfig, work: Path) -> tuple[list[tuple[str
         own_data = data | {"start": file_sha256(weights)}
         own = {"at_pool": cfg.recipes[recipe].at_pool}
         settings[name] = {"finetune": shared, "recipe": own, "seed": seed, "data": own_data, "code": code}
-    marks = {name: fingerprint(s) for name, s in settings.items()}
-    return [(name, *runs[name]) for name in unfinished(work, marks, settings)], marks
+    return left_to_do(work, runs, settings)
 
 
 def trainer(job: Job) -> Callable[[tuple[str, str, int]], str]:

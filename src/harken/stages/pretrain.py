@@ -27,7 +27,7 @@ from harken.models.matching import MATCHES
 from harken.models.towers import AudioTower, frames_of_pass
 from harken.models.vipant import read_vipant, write_run
 from harken.progress import track
-from harken.shards import code_version, digest_of, file_sha256, fingerprint, read_table, shard_path, shards_in
+from harken.shards import code_version, digest_of, file_sha256, read_table, shard_path, shards_in
 from harken.stages.stats import training_ids
 from harken.stages.weights import load_visual
 from harken.training.batches import Features, Order, ShardOrder
@@ -43,10 +43,10 @@ from harken.training.runs import (
     devices,
     finish,
     folder_of,
+    left_to_do,
     publish_runs,
     run_name,
     seeds_times,
-    unfinished,
 )
 from harken.training.tasks import AudioImage, AugmentConfig, FbankInput
 
@@ -184,8 +184,7 @@ def _todo(paths: Paths, cfg: PretrainConfig, work: Path) -> tuple[list[tuple[str
         own = cfg.recipes[recipe].model_dump(mode="json")
         own_data = data | _checkpoint_sha256(cfg.recipes[recipe])
         settings[name] = {"pretrain": shared, "recipe": own, "seed": seed, "data": own_data, "code": code}
-    marks = {name: fingerprint(s) for name, s in settings.items()}
-    return [(name, *runs[name]) for name in unfinished(work, marks, settings)], marks
+    return left_to_do(work, runs, settings)
 
 
 def _checkpoint_sha256(recipe: Recipe) -> dict[str, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import warnings
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,7 @@ from pydantic import Discriminator, Tag
 from torch import nn
 
 from harken.clips import Manifest, Split
-from harken.config import Config, Paths
+from harken.config import Config, Paths, parse
 from harken.engines import Map
 from harken.errors import ConfigError, unknown
 from harken.evaluation.metrics import retrieval_metrics
@@ -29,7 +29,7 @@ from harken.models.pooling import POOLINGS
 from harken.models.towers import PRE_PROJECTION, StoredFrames, StoredTexts, TextAudio
 from harken.progress import track
 from harken.shards import code_version, digest_of, file_sha256, fingerprint
-from harken.stages.weights import is_random, load_encoder
+from harken.stages.weights import build_encoder, is_random, load_encoder
 from harken.takedown import forgotten
 from harken.training import frozen
 from harken.training.batches import Features, Order
@@ -37,7 +37,17 @@ from harken.training.curves import curves
 from harken.training.data import captions_of
 from harken.training.loop import Plan, fit
 from harken.training.optim import OptimizerConfig, build
-from harken.training.runs import device, devices, finish, folder_of, publish_runs, run_name, seeds_times, unfinished
+from harken.training.runs import (
+    device,
+    devices,
+    finish,
+    folder_of,
+    left_to_do,
+    load_model,
+    publish_runs,
+    run_name,
+    seeds_times,
+)
 from harken.training.tasks import Captions, TextToAudio
 
 log = logging.getLogger("harken")
@@ -150,8 +160,7 @@ def run(paths: Paths, cfg: TrainConfig, map: Map) -> None:
     for name, (recipe_name, seed) in runs.items():
         own = {"train": shared, "recipe": cfg.recipes[recipe_name].model_dump(mode="json"), "seed": seed}
         settings[name] = {**own, "data": data[recipe_name], "code": code_version(CODE)}
-    marks = {name: fingerprint(s) for name, s in settings.items()}
-    items = [(name, *runs[name]) for name in unfinished(work, marks, settings)]
+    items, marks = left_to_do(work, runs, settings)
     frozen_ones = {_heard(cfg.recipes[r]) for _, r, _ in items if is_frozen(paths, cfg, cfg.recipes[r])}
     for encoder, dataset in sorted(frozen_ones):
         frozen.make(_frozen(paths, cfg, encoder, dataset), map, f"train: {encoder} on {dataset}")
@@ -184,12 +193,17 @@ def is_frozen(paths: Paths, cfg: TrainConfig, recipe: TrainRecipe) -> bool:
 
 
 def _frozen(paths: Paths, cfg: TrainConfig, encoder: str, dataset: str) -> frozen.Frozen:
-    folder = paths.work / "train-frames" / f"{encoder}.{dataset}"
     hearing = Hearing.of(paths, cfg.length_s[dataset], encoder)
     ids = {c.id for split in (Split.TRAIN, Split.VAL) for c in Manifest.read(paths.manifest).clips(dataset, split)}
-    mark = fingerprint(encoder, file_sha256(paths.weights / "weights.json"), code_version(CODE))
     present = frozenset(i for i in ids if i in hearing.present)
-    return frozen.Frozen(load_encoder, (paths.weights, encoder), paths.features, present, hearing.n_rows, folder, mark)
+    weights = file_sha256(paths.weights / "weights.json")
+    mark = fingerprint(encoder, weights, code_version(CODE), hearing.n_rows, sorted(present))
+    folder, how = _frames_folder(paths, encoder, dataset), (paths.weights, encoder)
+    return frozen.Frozen(load_encoder, how, paths.features, present, hearing.n_rows, folder, mark)
+
+
+def _frames_folder(paths: Paths, encoder: str, dataset: str) -> Path:
+    return paths.work / "train-frames" / f"{encoder}.{dataset}"
 
 
 def check(name: str, recipe: TrainRecipe, cfg: TrainConfig) -> None:
@@ -278,7 +292,9 @@ class Hearing:
                 n_rows = min(n_rows, math.ceil(length_s / found.frame_s - 1e-6))  # all that begin within it
             present = features.all - forgotten(paths.ledger, features.all)
             return Hearing(features, n_rows, 1, present, found.frame_s, encoder.frames)
-        features, tower = Features(paths.features, "logmel"), load_encoder(paths.weights, encoder)
+        features = Features(paths.features, "logmel")
+        with torch.device("meta"):  # its shape is all that is asked here
+            tower, _ = build_encoder(paths.weights, encoder)
         min_rows = tower.min_frames * tower.input_pool[0]
         n_rows = round(length_s * LOGMEL_ROWS_PER_S) + 1
         return Hearing(features, n_rows, min_rows, features.at_least(min_rows), tower.frame_s, paths.features)
@@ -324,8 +340,7 @@ def train_one(job: Job, item: tuple[str, str, int]) -> str:
         model.text.tokenize([*train.texts, *val.texts])  # one that is missing is found now, not in some batch
     features, n_rows, is_encoded = hearing.features, hearing.n_rows, is_frozen(paths, cfg, recipe)
     if is_encoded:
-        made = _frozen(paths, cfg, *_heard(recipe))
-        features = Features(made.folder, frozen.NAME)
+        features = Features(_frames_folder(paths, *_heard(recipe)), frozen.NAME)
         n_rows = features.most_rows
     task = TextToAudio(
         model,
@@ -352,6 +367,16 @@ def train_one(job: Job, item: tuple[str, str, int]) -> str:
     told |= {"n_val": len(val.clip_ids), "n_too_short": n_too_short, "length_s": cfg.length_s[recipe.dataset]}
     finish(folder, model, state, told | {"frame_s": hearing.frame_s, "model": spec.model_dump(mode="json")})
     return name
+
+
+def trained_model(
+    paths: Paths, told: Mapping[str, Any]
+) -> tuple[TextAudio, Callable[[Sequence[str]], Any], ModelConfig]:
+    """A finished run's model (see `build_model`), and what it is made of. `told`: its facts, by `runs_in`."""
+    spec = parse(f"{told['run']}: model", ModelConfig, told["model"])
+    model, tokenize = build_model(paths.weights, spec)
+    load_model(paths.trained, told["run"], model)
+    return model, tokenize, spec
 
 
 def build_model(weights: Path, cfg: ModelConfig) -> tuple[TextAudio, Callable[[Sequence[str]], Any]]:

@@ -206,15 +206,20 @@ def is_random(folder: Path, name: str) -> bool:
     return bool(json.loads((folder / "weights.json").read_text())["panns"].get(name, {}).get("kind") == "random")
 
 
-def load_encoder(folder: Path, name: str) -> Panns:
-    """A PANNs encoder of the shape and with the weights that the stage obtained; random where it is to start so."""
+def build_encoder(folder: Path, name: str) -> tuple[Panns, str]:
+    """A PANNs encoder of the shape that the stage was told, without its weights, and of what kind these are."""
     told = json.loads((folder / "weights.json").read_text())["panns"]
     if name not in told:
         raise unknown("params.yaml: weights.panns: encoder", name, told)
-    model = ENCODERS[name](width=told[name]["width"], **told[name]["options"])
-    if told[name]["kind"] == "checkpoint":
+    return ENCODERS[name](width=told[name]["width"], **told[name]["options"]), told[name]["kind"]
+
+
+def load_encoder(folder: Path, name: str) -> Panns:
+    """A PANNs encoder of the shape and with the weights that the stage obtained; random where it is to start so."""
+    model, kind = build_encoder(folder, name)
+    if kind == "checkpoint":
         weights.load_panns(model, folder / "panns" / f"{name}.pth")
-    elif told[name]["kind"] == "tagging":
+    elif kind == "tagging":
         weights.load_into(model, folder / "panns" / f"{name}.safetensors")
     return model
 

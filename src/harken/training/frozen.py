@@ -55,7 +55,7 @@ def make(job: Frozen, map: Map, name: str) -> Path:
 
 
 def _mark(job: Frozen, shard: int) -> str:
-    return fingerprint(job.mark, job.n_rows, sorted(job.clip_ids), facts(job.features, shard)["digest"])
+    return fingerprint(job.mark, facts(job.features, shard)["digest"])
 
 
 def maker(job: Frozen) -> Callable[[int], int]:

@@ -17,7 +17,7 @@ from torch import nn
 
 from harken.errors import ConfigError, DataError, unknown
 from harken.models import weights
-from harken.shards import atomic, publish, write_json
+from harken.shards import atomic, fingerprint, publish, write_json
 from harken.training.loop import DIVERGED, STATE
 from harken.training.state import TrainState
 
@@ -51,6 +51,17 @@ def run_name(recipe: str, seed: int) -> str:
 def folder_of(work: Path, run: str, mark: str) -> Path:
     """Where a run with this fingerprint keeps its checkpoint and, when done, its results."""
     return work / f"{run}.{mark}"
+
+
+def left_to_do(
+    work: Path, runs: Mapping[str, tuple[str, int]], settings: Mapping[str, Mapping[str, Any]]
+) -> tuple[list[tuple[str, str, int]], dict[str, str]]:
+    """The runs that are left, each with its recipe and seed, and the fingerprint of every run.
+
+    Raises as `unfinished` does.
+    """
+    marks = {name: fingerprint(s) for name, s in settings.items()}
+    return [(name, *runs[name]) for name in unfinished(work, marks, settings)], marks
 
 
 def unfinished(work: Path, marks: Mapping[str, str], settings: Mapping[str, Mapping[str, Any]]) -> list[str]:

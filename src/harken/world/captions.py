@@ -7,6 +7,7 @@ the order and the simultaneity, so the words are as true as the planted sounds. 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -54,8 +55,11 @@ def _draw(rng: np.random.Generator) -> Scene:
     if len(sounds) == 1:
         return sounds[0]
     *first, last = sounds
-    if rng.random() < 0.5:
-        return Then(tuple(sounds))
+    return Then(tuple(sounds)) if rng.random() < 0.5 else along(first, last, rng)
+
+
+def along(first: Sequence[Sound], last: Sound, rng: np.random.Generator) -> Scene:
+    """One or two sounds with another going on behind: behind both, or behind the second."""
     if len(first) == 1:
         return Along(first[0], last)
     return Along(Then(tuple(first)), last) if rng.random() < 0.5 else Then((first[0], Along(first[1], last)))

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from harken.world.captions import Along, Scene, Sound, Then, caption, noun_phrase
+from harken.world.captions import Scene, Sound, Then, along, caption, noun_phrase
 from harken.world.classes import CLASSES, NAMES, SIZES
 from harken.world.pictures import SCENES, Picture, compose
 
@@ -60,6 +60,4 @@ def _scene(sounds: list[Sound], rng: np.random.Generator) -> Scene:
     *first, last = sounds
     if not CLASSES[last.name].is_steady or rng.random() < 0.4:
         return Then(tuple(sounds))
-    if len(first) == 1:
-        return Along(first[0], last)
-    return Along(Then(tuple(first)), last) if rng.random() < 0.5 else Then((first[0], Along(first[1], last)))
+    return along(first, last, rng)
