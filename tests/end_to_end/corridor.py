@@ -52,6 +52,7 @@ WORLD = {
     "n_sounds": None,
     "sound_s": None,
     "background_db": [-50.0, -40.0],
+    "untold": None,
 }
 
 
@@ -162,6 +163,7 @@ def copy_before(corridor: Corridor, stage: str, root: Path) -> Corridor:
     shutil.copytree(corridor.root, root, copy_function=os.link)
     (root / "params.yaml").unlink()  # a test may write other ones
     made = Corridor(root, copy.deepcopy(corridor.params))
+    (made.path("work") / "timings.jsonl").unlink()  # the one file that is appended to
     made.write()
     shutil.rmtree(made.path(OUTS[stage]))
     shutil.rmtree(made.path("work") / stage)

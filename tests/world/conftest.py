@@ -31,6 +31,7 @@ def small_config(**changes: object) -> WorldConfig:
         "n_sounds": None,
         "sound_s": None,
         "background_db": [-50.0, -40.0],
+        "untold": None,
     }
     return WorldConfig.model_validate(values | changes)
 
@@ -54,6 +55,7 @@ def default_config() -> WorldConfig:
         n_sounds=None,
         sound_s=None,
         background_db=(-50.0, -40.0),
+        untold=None,
     )
 
 

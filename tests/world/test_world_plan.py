@@ -284,6 +284,28 @@ def test_a_sound_for_which_there_is_no_room_fills_what_there_is(make_config):
         assert e.end_s - e.start_s >= 0.9 * heard_s(r)
 
 
+def test_what_no_caption_tells_is_heard_and_labelled_and_nothing_else_changes(make_config, larger):
+    sizes = {**larger, "sound_s": (0.5, 1.0)}
+    told = {r.clip_id: r for r in plan(make_config(**sizes))}
+    records = plan(make_config(**sizes, untold=(2, 4)))
+    assert [r.clip_id for r in records] == [*told]
+    counts = []
+    for r in records:
+        before = told[r.clip_id]
+        assert r.captions == before.captions
+        extra = [e for e in sounding(r) if e.name not in {e.name for e in sounding(before)}]
+        assert tuple(e for e in r.events if e not in extra) == before.events
+        counts.append(len(extra))
+        assert len({e.name for e in extra}) == len(extra)
+        for e in extra:
+            assert e.name in r.labels
+            assert e.shown == ()
+            assert 0 <= e.start_s < e.end_s <= heard_s(r) + 0.001
+            assert 0.49 <= e.end_s - e.start_s <= 1.01
+            assert not any(re.search(rf"\b{CLASSES[e.name].noun}\b", c) for c in r.captions)
+    assert set(counts) == {2, 3, 4}
+
+
 @pytest.mark.parametrize(
     ("changed", "says"),
     [
@@ -292,6 +314,9 @@ def test_a_sound_for_which_there_is_no_room_fills_what_there_is(make_config):
         ({"n_sounds": (0.5, 0.5)}, "n_sounds"),
         ({"sound_s": (2.0, 1.0)}, r"sound_s is \[2.0, 1.0\]: expected \[shortest, longest\], at least 0.2 seconds"),
         ({"sound_s": (0.1, 1.0)}, "at least 0.2 seconds"),
+        ({"sound_s": (0.5, 1.0), "untold": (3, 2)}, r"untold is \[3, 2\]: expected \[fewest, most\], at most 26"),
+        ({"sound_s": (0.5, 1.0), "untold": (0, 27)}, "at most 26"),
+        ({"untold": (1, 2)}, "untold needs sound_s"),
     ],
 )
 def test_shares_and_lengths_that_cannot_be_are_refused(make_config, changed, says):

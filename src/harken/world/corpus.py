@@ -54,7 +54,8 @@ class WorldConfig(Config):
     the videos'. n_sounds: the shares of the clips that have one, two and three sounds; null: 60, 28 and 12 %, and
     more or fewer in the test galleries. sound_s: the shortest and the longest that a sound lasts, but for one that goes
     on behind others in turn; null: sounds fill the clip between them. background_db: from how soft to how loud the
-    noise behind the sounds is, in dBFS.
+    noise behind the sounds is, in dBFS. untold: the fewest and the most further sounds of a clip that AudioSet's labels
+    have and no caption tells, as long as `sound_s` says and whenever they come; null: captions tell all that sounds.
     """
 
     seed: int
@@ -75,6 +76,7 @@ class WorldConfig(Config):
     n_sounds: tuple[float, float, float] | None
     sound_s: tuple[float, float] | None
     background_db: tuple[float, float]
+    untold: tuple[int, int] | None
 
     @model_validator(mode="after")
     def _shares(self) -> WorldConfig:
@@ -86,6 +88,16 @@ class WorldConfig(Config):
     def _lasts(self) -> WorldConfig:
         if self.sound_s is not None and not 0.2 <= self.sound_s[0] <= self.sound_s[1]:
             raise ValueError(f"sound_s is {list(self.sound_s)}: expected [shortest, longest], at least 0.2 seconds")
+        return self
+
+    @model_validator(mode="after")
+    def _leaves_out(self) -> WorldConfig:
+        if self.untold is None:
+            return self
+        if not 0 <= self.untold[0] <= self.untold[1] <= len(NAMES) - 6:
+            raise ValueError(f"untold is {list(self.untold)}: expected [fewest, most], at most {len(NAMES) - 6}")
+        if self.sound_s is None:
+            raise ValueError("untold needs sound_s: sounds that fill the clip leave no time for others")
         return self
 
     @model_validator(mode="after")
@@ -191,7 +203,8 @@ def _record(cfg: WorldConfig, group: _Group, i: int, reason: str, taken: set[str
         events = _distract(events, length_s, rng)
     decoys = _decoys(start_s, length_s, duration_s, {e.name for e in events}, rng)
     captions = paraphrases(scene, group.n_captions, rng) if group.n_captions else ()
-    labels = tuple(dict.fromkeys(e.name for e in events if e.sounds))
+    told = _names(events)
+    events += _untold(cfg, group, i, {e.name for e in (*events, *decoys)}, length_s)
     rate = (cfg.fps, 1)
     if i % 31 == 5:
         rate = (25, 1)
@@ -202,7 +215,7 @@ def _record(cfg: WorldConfig, group: _Group, i: int, reason: str, taken: set[str
         key, archive, end_s = _video_key(cfg, group, i, taken), "", round(start_s + length_s, 3)
         clip_id = youtube_id(key, start_s, end_s)
     else:
-        key, archive, end_s = clotho_name(labels, i, rng), f"clotho_audio_{group.clotho}", None
+        key, archive, end_s = clotho_name(told, i, rng), f"clotho_audio_{group.clotho}", None
         clip_id = zenodo_id(CLOTHO_RECORD, archive, key)
     adaptive = is_video and reason == "" and i % 6 == 2
     return Record(
@@ -218,7 +231,7 @@ def _record(cfg: WorldConfig, group: _Group, i: int, reason: str, taken: set[str
         clotho=group.clotho,
         reason=reason,
         captions=captions,
-        labels=labels,
+        labels=_names(events),
         events=events,
         decoys=decoys,
         place=place,
@@ -233,6 +246,11 @@ def _record(cfg: WorldConfig, group: _Group, i: int, reason: str, taken: set[str
         is_adaptive=adaptive,
         seed=int(rng.integers(2**62)),
     )
+
+
+def _names(events: tuple[Event, ...]) -> tuple[str, ...]:
+    """The classes that sound, each once."""
+    return tuple(dict.fromkeys(e.name for e in events if e.sounds))
 
 
 def _times(group: _Group, rng: np.random.Generator, reason: str) -> tuple[float, float, float]:
@@ -329,6 +347,20 @@ def _spread(
             for part, a, b in zip(parts, edges, edges[1:], strict=False):
                 found += _spread(part, a + gap / 2, b - gap / 2, rng, sound_s)
             return tuple(found)
+
+
+def _untold(cfg: WorldConfig, group: _Group, i: int, taken: set[str], length_s: float) -> tuple[Event, ...]:
+    """What sounds besides, off screen and whenever: classes that are not yet in the recording, each once."""
+    if cfg.untold is None:
+        return ()
+    rng = np.random.default_rng([cfg.seed, 92, group.part, i])  # its own: the rest of the clip is the same without
+    n = int(rng.integers(cfg.untold[0], cfg.untold[1] + 1))
+    others = [c for c in NAMES if c not in taken]
+    found = []
+    for k in rng.choice(len(others), n, replace=False):
+        a, b = (round(t, 3) for t in _within(0.0, length_s, rng, cfg.sound_s))
+        found.append(Event(others[int(k)], SIZES[int(rng.integers(2))], a, b, True, ()))
+    return tuple(found)
 
 
 def _within(start_s: float, end_s: float, rng: np.random.Generator, sound_s: Interval | None) -> Interval:
