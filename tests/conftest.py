@@ -6,9 +6,13 @@ from collections.abc import Iterator
 
 import jaxtyping
 import pytest
+from hypothesis import settings
 
 # before any test module imports harken; the tower is PEP 484's: a function of a float takes an int
 jaxtyping.install_import_hook("harken", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
+
+settings.register_profile("harken", deadline=None)  # how long an example takes says how busy the machine is
+settings.load_profile("harken")
 
 
 @pytest.fixture

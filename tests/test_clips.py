@@ -49,7 +49,7 @@ def test_a_recording_stays_in_its_shard_for_ever(source: Source, shard: int) -> 
     assert shard_of(source, 4096) == shard
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.text(min_size=1), st.integers(1, 5000))
 def test_shards_are_in_range(key: str, n_shards: int) -> None:
     assert 0 <= shard_of(Source("youtube", key), n_shards) < n_shards

@@ -55,7 +55,7 @@ def censored(draw: st.DrawFn) -> np.ndarray:
     return np.array([(a, NEVER if s is None else a + s) for a, s in zip(left, span, strict=True)], dtype=np.int64)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(censored(), st.integers(0, 2**32 - 1))
 def test_no_other_curve_is_likelier(intervals: np.ndarray, seed: int) -> None:
     found = turnbull(intervals[:, 0], intervals[:, 1])
@@ -69,7 +69,7 @@ def test_no_other_curve_is_likelier(intervals: np.ndarray, seed: int) -> None:
             assert (np.log(candidates @ inside.T).sum(axis=1) <= best + 1e-5).all()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.tuples(st.integers(1, 9), st.booleans()), min_size=1, max_size=25))
 def test_right_censored_times_give_kaplan_and_meier(clips: list[tuple[int, bool]]) -> None:
     left = np.array([t - 1 if dies else t for t, dies in clips], dtype=np.int64)

@@ -50,7 +50,7 @@ def queries(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray]:
     return scores, mask
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(queries(), st.integers(1, 7))
 def test_ties_are_broken_at_random_in_expectation(query: tuple[np.ndarray, np.ndarray], k: int) -> None:
     scores, mask = query
