@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -77,5 +78,44 @@ def sleeper(folder: str) -> Callable[[int], int]:
     return work
 
 
+def echo(folder: str) -> Callable[[object], object]:
+    return lambda item: item
+
+
 def pid_of(folder: str) -> Callable[[int], int]:
     return lambda _: os.getpid()
+
+
+def scribe(folder: str) -> Callable[[int], int]:
+    """Every beginning and every end of an item leaves a file: who was at it, and whether it was done."""
+
+    def work(n: int) -> int:
+        (Path(folder) / f"begun-{n}-{os.getpid()}-{time.time_ns()}").touch()
+        time.sleep(0.4)
+        (Path(folder) / f"done-{n}").touch()
+        return n
+
+    return work
+
+
+def thread_of(folder: str) -> Callable[[int], tuple[int, int]]:
+    """Who made the heavy object, and who is at the item."""
+    maker = threading.get_ident()
+
+    def work(n: int) -> tuple[int, int]:
+        time.sleep(0.1)
+        return maker, threading.get_ident()
+
+    return work
+
+
+def slow_squarer(folder: str) -> Callable[[int], int]:
+    """A heavy object: every making of it is noted, and every item."""
+    (Path(folder) / f"made-{os.getpid()}-{time.time_ns()}").touch()
+
+    def work(n: int) -> int:
+        (Path(folder) / f"item-{n}").touch()
+        time.sleep(0.1)
+        return n * n
+
+    return work

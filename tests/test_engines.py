@@ -20,17 +20,20 @@ from harken.engines import ENGINES, engine, inline, local, n_workers
 from harken.errors import ClipError, ConfigError, HarkenError
 
 EVERY = sorted(ENGINES)
-# starting a Dask cluster takes seconds: what its other tests show too is shown by the slow ones
-MOST = [pytest.param(n, marks=pytest.mark.slow) if n == "dask" else n for n in EVERY]
-MANY = [n for n in EVERY if n != "inline"]
+# starting a cluster takes seconds, and Ray's five: what Dask's other tests show too is shown by the slow ones
+ALL = [pytest.param(n, marks=pytest.mark.slow) if n == "ray" else n for n in EVERY]
+MOST = [pytest.param(n, marks=pytest.mark.slow) if n in ("dask", "ray") else n for n in EVERY]
+MANY = [n for n in ALL if n != "inline"]
+MOST_OF_MANY = [n for n in MOST if n != "inline"]
 PATHS = (str(Path(__file__).parent), str(Path(__file__).parents[1] / "src"))
 
 
 @pytest.fixture(autouse=True)
 def toys(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Any:
     """The module of what workers do, importable here and in them; two workers."""
-    if "dask" in getattr(getattr(request.node, "callspec", None), "id", ""):
-        pytest.importorskip("distributed")  # the extra `cluster`
+    name = getattr(getattr(request.node, "callspec", None), "params", {}).get("name")
+    if name in ("dask", "ray"):
+        pytest.importorskip({"dask": "distributed", "ray": "ray"}[name])  # the extras `cluster` and `ray`
     monkeypatch.setenv("HARKEN_WORKERS", "2")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(PATHS))
     monkeypatch.syspath_prepend(PATHS[0])
@@ -41,7 +44,7 @@ def results(name: str, make: Callable[..., Any], folder: Path, n: int) -> list[A
     return list(ENGINES[name]()(make, str(folder), range(n)))
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", ALL)
 def test_one_result_per_item_and_one_heavy_object_per_worker(name: str, toys: Any, tmp_path: Path) -> None:
     assert sorted(results(name, toys.squarer, tmp_path, 12)) == [n * n for n in range(12)]
     made = [p.name.split("-")[1] for p in tmp_path.glob("made-*")]
@@ -72,6 +75,13 @@ def test_the_environment_is_left_as_it_was(
     assert os.environ["OMP_NUM_THREADS"] == "3"
 
 
+@pytest.mark.parametrize("name", MOST)
+def test_items_arrive_as_they_were_sent(name: str, toys: Any) -> None:
+    """A cluster's own language has tuples and strings that mean other things."""
+    items = [("a", 1), ["x", ("y", 2)], {"k": ("b", 3)}, Path("p"), None, "harken-0", ("squarer", [1, (2,)]), ()]
+    assert sorted(map(repr, ENGINES[name]()(toys.echo, "", items))) == sorted(map(repr, items))
+
+
 @pytest.mark.parametrize("name", MANY)
 def test_a_killed_worker_s_items_are_done_again(name: str, toys: Any, tmp_path: Path) -> None:
     assert sorted(results(name, toys.victim, tmp_path, 12)) == list(range(12))
@@ -86,9 +96,10 @@ def test_a_worker_that_dies_while_nobody_waits_loses_no_item(toys: Any, tmp_path
     assert sorted(got) == list(range(12))
 
 
-def test_an_item_that_kills_every_worker_ends_the_run(toys: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", MOST_OF_MANY)
+def test_an_item_that_kills_every_worker_ends_the_run(name: str, toys: Any, tmp_path: Path) -> None:
     with pytest.raises(HarkenError, match=r"a worker process died 4 times, .* Out of memory\? Try HARKEN_WORKERS=1"):
-        list(local(toys.doomed, str(tmp_path), range(3)))
+        results(name, toys.doomed, tmp_path, 3)
 
 
 def test_one_worker_needs_no_process(toys: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,6 +114,7 @@ def test_inline_makes_the_heavy_object_anew_for_each_fan_out(toys: Any, tmp_path
     assert len(list(tmp_path.glob("made-*"))) == 2  # what it was made from may have changed between
 
 
+@pytest.mark.slow
 def test_a_cluster_that_outlives_a_fan_out_keeps_no_heavy_object(
     toys: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -177,9 +189,9 @@ def test_by_default_there_is_a_worker_per_core(monkeypatch: pytest.MonkeyPatch) 
 def test_no_core_idles_through_a_last_long_item(n_items: int, processes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HARKEN_WORKERS", raising=False)
     monkeypatch.setattr(engines, "n_workers", lambda: 2)
-    assert engines._pool_size(n_items) == processes
+    assert engines.pool_size(n_items) == processes
     monkeypatch.setenv("HARKEN_WORKERS", "2")  # what the user says is a limit
-    assert engines._pool_size(n_items) == min(2, n_items)
+    assert engines.pool_size(n_items) == min(2, n_items)
 
 
 def test_a_local_cluster_has_the_workers_that_were_asked_for(
@@ -192,12 +204,13 @@ def test_a_local_cluster_has_the_workers_that_were_asked_for(
 
 
 @pytest.mark.parametrize(("workers", "n_processes"), [("", 2), ("4", 4), ("1", 1)])
+@pytest.mark.parametrize("name", ["local", pytest.param("dask", marks=pytest.mark.slow)])
 def test_each_device_has_a_worker_that_keeps_it(
-    workers: str, n_processes: int, toys: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, workers: str, n_processes: int, toys: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HARKEN_WORKERS", workers)
     monkeypatch.delenv("HARKEN_DEVICE", raising=False)
-    told = list(local(toys.device_teller, str(tmp_path), range(24), devices=["cuda:0", "cuda:1"]))
+    told = list(ENGINES[name]()(toys.device_teller, str(tmp_path), range(24), devices=["cuda:0", "cuda:1"]))
     of_process: dict[int, set[str]] = {}
     for pid, device in told:
         of_process.setdefault(pid, set()).add(device)
@@ -205,5 +218,6 @@ def test_each_device_has_a_worker_that_keeps_it(
     assert all(len(devices) == 1 for devices in of_process.values())
     used = [next(iter(devices)) for devices in of_process.values()]
     # one worker alone is this process, which finds the first device by itself
-    assert sorted(used) == (sorted(["cuda:0", "cuda:1"] * (n_processes // 2)) if n_processes > 1 else [""])
+    alone = ["" if name == "local" else "cuda:0"]
+    assert sorted(used) == (sorted(["cuda:0", "cuda:1"] * (n_processes // 2)) if n_processes > 1 else alone)
     assert "HARKEN_DEVICE" not in os.environ

@@ -299,12 +299,12 @@ def pid_in(folder: Path) -> int:
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.slow) if n == "dask" else n for n in sorted(ENGINES)]
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n in ("dask", "ray") else n for n in sorted(ENGINES)]
 )
 def test_every_engine_s_workers_can_use_one(name: str, toys: Any, tmp_path: Path) -> None:
     """Dask's are daemonic: they may not start processes by multiprocessing."""
-    if name == "dask":
-        pytest.importorskip("distributed")
+    if name in ("dask", "ray"):
+        pytest.importorskip({"dask": "distributed", "ray": "ray"}[name])
     items = [("echo", 0), "segfault", ("echo", 1), "refuse", "spin", ("echo", 2)]
     make: Callable[..., Any] = toys.guarded
     found = list(ENGINES[name]()(make, str(tmp_path), items))

@@ -16,11 +16,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from harken import __version__, acquire
+from harken import __version__, acquire, observe
 from harken.config import Config, Paths, load, params_path, read_params
 from harken.engines import n_cores
 from harken.errors import ConfigError, DataError, HarkenError, unknown
-from harken.stages import STAGES, config_class
+from harken.stages import FOLDERS, STAGES, config_class
 
 app = typer.Typer(
     help="Find the sound a sentence describes, and the sentence that describes a sound.",
@@ -31,27 +31,6 @@ app = typer.Typer(
 app.add_typer(acquire.app)
 out = Console()
 PRESETS = Path("presets")
-FOLDERS = dict(
-    zip(
-        STAGES,
-        (
-            "lists",
-            "manifest",
-            "media",
-            "audit",
-            "features",
-            "weights",
-            "stats",
-            "embeddings",
-            "pretrained",
-            "finetuned",
-            "trained",
-            "evaluations",
-            "report",
-        ),
-        strict=True,
-    )
-)
 LEDGERS = ("download", "extract", "embed")
 AsJson = Annotated[bool, typer.Option("--json", help="Print facts as JSON.")]
 
@@ -77,14 +56,26 @@ def _root(version: Annotated[bool, typer.Option("--version", callback=_version, 
     """Run from the project's root."""
 
 
-@app.command(epilog="Example: harken status --json")
-def status(as_json: AsJson = False) -> None:
+@app.command(epilog="Example: harken status --watch")
+def status(
+    timings: Annotated[bool, typer.Option("--timings", help="What the last runs took instead.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="What goes on now, every second, until Ctrl-C.")] = False,
+    as_json: AsJson = False,
+) -> None:
     """Every stage of the current preset: done or not; how many clips are ok or failed, and why; how many are doubtful.
 
     Doubtful clips are ok and have a flag (silent, clipped, short, black, frozen, mismatch), by the bounds that
     `extract` ran with; `leave_out` of `stats`, `finetune` and `train` keeps them from training.
     """
+    if timings and watch:
+        raise ConfigError("status: --timings and --watch are two views. Ask for one of them.")
     paths = load("paths", Paths)
+    if timings:
+        observe.show_timings(paths, as_json)
+        return
+    if watch:
+        observe.watch(paths, as_json)
+        return
     rows = [_stage_status(s, paths) for s in STAGES]
     if as_json:
         print(json.dumps(rows, indent=1))
@@ -104,17 +95,13 @@ def _stage_status(stage: str, paths: Paths) -> dict[str, Any]:
     folder: Path = getattr(paths, FOLDERS[stage])
     row: dict[str, Any] = {"stage": stage, "folder": str(folder), "ok": None, "failed": None, "reasons": {}}
     row["flags"] = {}
-    row["state"] = "done" if folder.is_dir() and any(folder.iterdir()) else "not run"
-    work = paths.work / stage
-    if row["state"] == "not run" and work.is_dir() and any(work.iterdir()):
-        row["state"] = (
-            "begun"  # killed or failed: finished shards and checkpoints are kept, `dvc repro` goes on from them
-        )
+    row["state"] = observe.state(stage, paths)
     if stage == "download" and row["state"] != "done":
         asked = acquire.state_of(paths)
         failed = asked[asked["reason"] != ""]
         if len(asked):
-            row["state"], row["ok"], row["failed"] = "begun", int((asked["state"] == OK).sum()), len(failed)
+            row["state"] = "running" if row["state"] == "running" else "begun"
+            row["ok"], row["failed"] = int((asked["state"] == OK).sum()), len(failed)
             row["reasons"] = {str(k): int(n) for k, n in failed["reason"].value_counts().items()}
     if stage in LEDGERS and row["state"] == "done":
         table = ledger(folder)

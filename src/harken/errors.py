@@ -23,6 +23,10 @@ class DataError(HarkenError):
     """A file or folder is missing or is not what its name promises."""
 
 
+class TransientError(HarkenError):
+    """Nothing is wrong with what was asked: the same command may go well later. A stage ends with status 75 for it."""
+
+
 class ClipError(HarkenError):
     """One clip cannot be used.
 

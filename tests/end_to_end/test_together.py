@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import random
 import signal
 import subprocess
 from collections.abc import Mapping
@@ -168,3 +169,85 @@ def test_torchrun_itself_restarts_what_died(rank: int, longer: Corridor, undistu
     assert "resuming at step" in said
     assert contents(longer.path("pretrained")) == undisturbed
     assert not any(map(lives, workers))
+
+
+def grandchildren(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    """The workers of the torchrun that a stage has started, the first of them first."""
+    found = [p for p in psutil.Process(process.pid).children(recursive=True) if "--standalone" not in p.cmdline()]
+    ranks = [p for p in found if "harken.stages" in " ".join(p.cmdline()) and "RANK" in p.environ()]
+    return sorted(ranks, key=lambda p: int(p.environ()["RANK"]))
+
+
+def launched(copy: Corridor, **env: str) -> tuple[subprocess.Popen[str], list[psutil.Process]]:
+    """A stage that has started two processes for itself, in the middle of a run."""
+    process = copy.start("pretrain", HARKEN_LAUNCH="torchrun:2", **env)
+    work = copy.path("work") / "pretrain"
+    assert until(lambda: any(work.glob("*/state.safetensors")), 90), copy.ended(process)[1]
+    ranks = grandchildren(process)
+    assert len(ranks) == 2
+    return process, ranks
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_stage_starts_its_processes_itself(longer: Corridor, undisturbed: Mapping[str, bytes]) -> None:
+    said = longer.run("pretrain", HARKEN_LAUNCH="torchrun:2")
+    assert contents(longer.path("pretrained")) == undisturbed, said
+    assert not (longer.path("work") / "pretrain.failed.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_stage_whose_process_dies_goes_on_by_itself(
+    rank: int, longer: Corridor, undisturbed: Mapping[str, bytes]
+) -> None:
+    process, ranks = launched(longer)
+    ranks[rank].kill()
+    status, said = longer.ended(process)
+    assert status == 0, said
+    assert "resuming at step" in said
+    assert contents(longer.path("pretrained")) == undisturbed
+    assert not any(map(lives, ranks))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("who", ["stage", "torchrun"])
+def test_nobody_outlives_a_stage_that_started_others(
+    who: str, longer: Corridor, undisturbed: Mapping[str, bytes]
+) -> None:
+    process, ranks = launched(longer, HARKEN_MAX_RESTARTS="0")
+    family = psutil.Process(process.pid).children(recursive=True)
+    victim = process if who == "stage" else ranks[0].parent()
+    victim.kill()
+    assert until(lambda: not any(map(lives, family)), ENDS_S), [p.cmdline() for p in family if lives(p)]
+    status, said = longer.ended(process)
+    assert status == (-signal.SIGKILL if who == "stage" else 1)
+    if who == "torchrun":
+        assert "a process of the 2 that trained together died" in said
+    assert "resuming at step" in longer.run("pretrain", HARKEN_LAUNCH="torchrun:2")
+    assert contents(longer.path("pretrained")) == undisturbed
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_what_all_processes_refuse_is_said_once_and_not_tried_again(longer: Corridor) -> None:
+    process = longer.start("pretrain", HARKEN_LAUNCH="torchrun:3")
+    status, said = longer.ended(process)
+    assert status == 1
+    assert said.count("A batch of 4 cannot be shared by 3 processes: make it a multiple of 3.") == 1, said
+    failed = json.loads((longer.path("work") / "pretrain.failed.json").read_text())
+    assert failed["reason"] == "ConfigError"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_tasks_of_one_step_find_each_other_as_torchruns_do(longer: Corridor, undisturbed: Mapping[str, bytes]) -> None:
+    step = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_JOB_ID": str(random.randrange(10**6)), "SLURM_STEP_ID": "0"}
+    step |= {"SLURM_STEP_NODELIST": "localhost,elsewhere"}
+    tasks = [longer.start("pretrain", **step, SLURM_PROCID=str(n), SLURM_LOCALID=str(n)) for n in range(2)]
+    for task in tasks:
+        status, said = longer.ended(task)
+        assert status == 0, said
+    assert contents(longer.path("pretrained")) == undisturbed

@@ -172,6 +172,26 @@ def test_a_run_again_asks_for_nothing(make_lab: Callable[..., Lab]) -> None:
     assert set(was) == set(now)
 
 
+def test_a_host_whose_clock_is_an_hour_ahead_does_no_harm(make_lab: Callable[..., Lab]) -> None:
+    lab = make_lab(60)
+    lab.run(ahead_s=HOUR_S, limit=30, timeout_s=0.3)  # that host's part of the ledger, and its lane
+    first = lab.asked()
+    state = lab.state()
+    done = {i[3:14] for i in state.index[state["state"] == "ok"]}
+    assert 0 < len(done) < len(first) == 30
+    began_ms = time.time() * 1000
+    lab.run(timeout_s=0.3)  # on a host whose clock is right: neither refused nor made to wait
+    second, state = lab.asked(), lab.state()
+    assert not done & set(second), "what is here is not asked for again"
+    assert set(lab.reasons()) == set(first) | set(second)
+    assert UNVISITED not in lab.reasons().values()
+    now_ms = time.time() * 1000
+    assert (state["last_ms"] <= now_ms).all()
+    for _, row in state[state["state"].isin(["retry", "suspect"])].iterrows():
+        waits_s = max(*POLICIES[row["reason"]].delays_s, POLICIES[row["reason"]].gap_s)
+        assert row["next_ms"] <= max(row["last_ms"], began_ms) + 1000 * waits_s, "nor put off by an hour"
+
+
 def test_a_limit_leaves_rows_that_say_so_and_the_next_run_goes_on(make_lab: Callable[..., Lab]) -> None:
     lab = make_lab(60)
     lab.run(limit=20)

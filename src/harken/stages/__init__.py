@@ -23,6 +23,22 @@ STAGES = (
     "evaluate",
     "report",
 )
+FOLDERS = {
+    "lists": "lists",
+    "catalog": "manifest",
+    "download": "media",
+    "audit": "audit",
+    "extract": "features",
+    "weights": "weights",
+    "stats": "stats",
+    "embed": "embeddings",
+    "pretrain": "pretrained",
+    "finetune": "finetuned",
+    "train": "trained",
+    "evaluate": "evaluations",
+    "report": "report",
+}
+"""stage -> the name in `paths` of the folder that it fills"""
 
 
 def stage(name: str) -> ModuleType:

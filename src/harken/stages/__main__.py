@@ -1,48 +1,153 @@
-"""`python -m harken.stages NAME`: what DVC runs. One process at a time per stage and preset; dies with its parent."""
+"""`python -m harken.stages NAME`: what DVC runs. One process at a time per stage and preset; dies with its parent.
+
+Under `paths.work` a run leaves what people and flows ask of it: how far it is while it runs (`harken.progress`), what
+it took (`harken.timings`) and, until it begins again, how it failed. DVC's own exit status tells none of it, so
+`NAME.failed.json` has stage, run_id, status, is_transient, reason (the kind of error), message and ended_ms.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import logging
 import os
 import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
 
-from harken.config import Paths, load
+from harken import launch, logs, prometheus, space, timings
+from harken.config import Config, Paths, load
 from harken.engines import ONE_THREAD, die_with_parent, engine, n_started
-from harken.errors import ConfigError, HarkenError
+from harken.errors import ConfigError, HarkenError, TransientError
+from harken.progress import watched
+from harken.shards import write_json
 
+log = logging.getLogger("harken")
 TOGETHER = ("pretrain", "finetune")  # the stages whose runs several processes can train together, under torchrun
+REFUSED, TRY_AGAIN = 1, 75  # EX_TEMPFAIL of sysexits.h: the same command may go well later
 
 
 def main(name: str) -> int:
-    """Run one stage. Exit status 0 on success, 1 with a message on stderr where harken refuses."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    """Run one stage. Exit status 0 on success; with a message on stderr 1 where harken refuses, 75 where trying again
+    may help."""
     if "HARKEN_THREADS" not in os.environ:
         os.environ.update(ONE_THREAD)  # before torch and NumPy are imported: the same bytes for any number of workers
     die_with_parent()
+    launch.check_parent()
     try:
-        from harken.stages import STAGES, config_class, stage
-
-        if n_started() > 1:
-            _check_company(name in TOGETHER or name not in STAGES, name)
-        module = stage(name)
-        paths, cfg = load("paths", Paths), load(name, config_class(name))
-        paths.work.mkdir(parents=True, exist_ok=True)
-        if n_started() > 1 and os.environ["RANK"] != "0":  # the first of the processes holds the lock for all
-            logging.getLogger().setLevel(logging.WARNING)
-            module.run(paths, cfg, engine())
-            return 0
-        with open(paths.work / f"{name}.lock", "w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                print(f"harken: stage {name} is already running on {paths.work}; waiting for it.", file=sys.stderr)
-                fcntl.flock(lock, fcntl.LOCK_EX)
-            module.run(paths, cfg, engine())
+        logs.begin(name)
+        _run(name)
     except HarkenError as e:
-        print(f"harken: {e}", file=sys.stderr)
-        return 1
+        if not launch.tell(e):
+            logs.refuse(str(e))
+        return status_of(e)
+    except Exception:
+        if not logs.is_json():
+            raise  # Python prints where
+        log.critical("stage %s: a mistake in harken or in a library", name, exc_info=True)
+        return REFUSED
     return 0
+
+
+def status_of(error: BaseException) -> int:
+    """The exit status of a stage that ends with `error`."""
+    return TRY_AGAIN if isinstance(error, TransientError) else REFUSED
+
+
+def _run(name: str) -> None:
+    from harken.stages import STAGES, config_class, stage
+
+    launch.join_step(os.environ)
+    if n_started() > 1:
+        _check_company(name in TOGETHER or name not in STAGES, name)
+    module = stage(name)
+    paths = load("paths", Paths)
+    if n_started() > 1 and os.environ["RANK"] != "0":  # the first of the processes holds the lock for all
+        logging.getLogger().setLevel(logging.WARNING)
+        module.run(paths, load(name, config_class(name)), logs.telling(engine(paths.work)))
+        return
+    paths.work.mkdir(parents=True, exist_ok=True)
+    with _alone(paths.work, name), _failure_told(paths, name):
+        cfg = load(name, config_class(name))
+        size = _size(module, paths, name, cfg)
+        if size == 1:
+            _run_told(module, paths, name, cfg)
+            return
+    with _failure_told(paths, name):  # the first of them takes the lock
+        launch.together(name, size)
+
+
+def _size(module: ModuleType, paths: Paths, name: str, cfg: Any) -> int:
+    """How many processes are to train each run together. What is learnt is to be the same for any number of them."""
+    if name not in TOGETHER or n_started() > 1:
+        return 1
+    is_divisible = getattr(cfg, "shards_at_once", None) is None
+    return launch.how_many(cfg.batch, is_divisible, lambda: len(module.todo(paths, cfg, paths.work / name)[0]))
+
+
+@contextlib.contextmanager
+def _alone(work: Path, name: str) -> Iterator[None]:
+    """While the block runs, no other process runs the stage on `work`."""
+    with open(work / f"{name}.lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            logs.note(f"stage {name} is already running on {work}; waiting for it.")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+@contextlib.contextmanager
+def _failure_told(paths: Paths, name: str) -> Iterator[None]:
+    """Leaves `NAME.failed.json` where the block fails; a full disk is told as what it is, not by the write it met."""
+    from harken.stages import FOLDERS
+
+    path = paths.work / f"{name}.failed.json"
+    path.unlink(missing_ok=True)
+    try:
+        yield
+    except Exception as e:
+        error: Exception = e
+        if space.is_of_full_disk(e):
+            error = space.disk_full(e, name, paths.work, (getattr(paths, FOLDERS[name]), paths.ledger))
+        facts = {
+            "stage": name,
+            "run_id": logs.run_id(),
+            "status": status_of(error),
+            "is_transient": isinstance(error, TransientError),
+            "reason": "DiskFull" if error is not e else type(e).__name__,
+            "message": str(error),
+            "ended_ms": round(1000 * time.time()),
+        }
+        try:
+            write_json(path, facts)
+        except OSError as refused:  # the disk may be that full
+            log.warning("%s: not written: %s", path, refused)
+        if error is e:
+            raise
+        raise error from e
+
+
+def _run_told(module: ModuleType, paths: Paths, name: str, cfg: Config) -> None:
+    """Run the stage with its progress and its times told. However it ends, it is said."""
+    from harken.stages import FOLDERS
+
+    out, run_id = getattr(paths, FOLDERS[name]), logs.run_id()
+    told = prometheus.metrics(paths.work, name)
+    run = timings.Run(paths.work, name, run_id)
+    outcome, reason = "done", ""
+    try:
+        with watched(paths.work, name, run_id, told.update) as watch:
+            module.run(paths, cfg, logs.telling(engine(paths.work)))
+    except BaseException as e:
+        outcome = "failed" if isinstance(e, Exception) else "stopped"
+        reason = "DiskFull" if space.is_of_full_disk(e) else type(e).__name__
+        raise
+    finally:
+        told.end(run.end(outcome, reason, watch.loops, out))
 
 
 def _check_company(is_welcome: bool, name: str) -> None:

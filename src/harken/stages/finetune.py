@@ -90,7 +90,7 @@ def run(paths: Paths, cfg: FinetuneConfig, map: Map) -> None:
     """
     work = paths.work / "finetune"
     with joined(device()) as group:
-        items, marks = group.told(partial(_todo, paths, cfg, work))
+        items, marks = group.told(partial(todo, paths, cfg, work))
         job = Job(paths=paths, finetune=cfg, marks=marks)
         for _ in track(map(trainer, job, items, devices=devices()), len(items), "finetune: runs"):
             pass
@@ -98,7 +98,7 @@ def run(paths: Paths, cfg: FinetuneConfig, map: Map) -> None:
             publish_runs(work, paths.finetuned, marks)
 
 
-def _todo(paths: Paths, cfg: FinetuneConfig, work: Path) -> tuple[list[tuple[str, str, int]], dict[str, str]]:
+def todo(paths: Paths, cfg: FinetuneConfig, work: Path) -> tuple[list[tuple[str, str, int]], dict[str, str]]:
     """The runs that are left, each with its recipe and seed, and the fingerprint of every run."""
     check_shards(paths, paths.features)
     runs = {run_name(r, s): (r, s) for r, s in seeds_times(cfg.recipes, cfg.seeds)}

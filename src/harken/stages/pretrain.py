@@ -159,7 +159,7 @@ def run(paths: Paths, cfg: PretrainConfig, map: Map) -> None:
     """
     work = paths.work / "pretrain"
     with joined(device()) as group:
-        items, marks = group.told(partial(_todo, paths, cfg, work))
+        items, marks = group.told(partial(todo, paths, cfg, work))
         job = Job(paths=paths, pretrain=cfg, marks=marks)
         for _ in track(map(trainer, job, items, devices=devices()), len(items), "pretrain: runs"):
             pass
@@ -167,7 +167,7 @@ def run(paths: Paths, cfg: PretrainConfig, map: Map) -> None:
             publish_runs(work, paths.pretrained, marks)
 
 
-def _todo(paths: Paths, cfg: PretrainConfig, work: Path) -> tuple[list[tuple[str, str, int]], dict[str, str]]:
+def todo(paths: Paths, cfg: PretrainConfig, work: Path) -> tuple[list[tuple[str, str, int]], dict[str, str]]:
     """The runs that are left, each with its recipe and seed, and the fingerprint of every run."""
     check_shards(paths, paths.features, paths.embeddings)
     runs = {run_name(r, s): (r, s) for r, s in seeds_times(cfg.recipes, cfg.seeds)}
