@@ -295,6 +295,9 @@ def test_what_no_caption_tells_is_heard_and_labelled_and_nothing_else_changes(ma
         assert r.captions == before.captions
         extra = [e for e in sounding(r) if e.name not in {e.name for e in sounding(before)}]
         assert tuple(e for e in r.events if e not in extra) == before.events
+        if not r.captions:
+            assert extra == []
+            continue
         counts.append(len(extra))
         assert len({e.name for e in extra}) == len(extra)
         for e in extra:

@@ -54,8 +54,8 @@ class WorldConfig(Config):
     the videos'. n_sounds: the shares of the clips that have one, two and three sounds; null: 60, 28 and 12 %, and
     more or fewer in the test galleries. sound_s: the shortest and the longest that a sound lasts, but for one that goes
     on behind others in turn; null: sounds fill the clip between them. background_db: from how soft to how loud the
-    noise behind the sounds is, in dBFS. untold: the fewest and the most further sounds of a clip that AudioSet's labels
-    have and no caption tells, as long as `sound_s` says and whenever they come; null: captions tell all that sounds.
+    noise behind the sounds is, in dBFS. untold: the fewest and the most further sounds of a clip with captions, of which
+    its labels tell and no caption, as long as `sound_s` says and whenever they come; null: captions tell all.
     """
 
     seed: int
@@ -351,7 +351,7 @@ def _spread(
 
 def _untold(cfg: WorldConfig, group: _Group, i: int, taken: set[str], length_s: float) -> tuple[Event, ...]:
     """What sounds besides, off screen and whenever: classes that are not yet in the recording, each once."""
-    if cfg.untold is None:
+    if cfg.untold is None or not group.n_captions:
         return ()
     rng = np.random.default_rng([cfg.seed, 92, group.part, i])  # its own: the rest of the clip is the same without
     n = int(rng.integers(cfg.untold[0], cfg.untold[1] + 1))
