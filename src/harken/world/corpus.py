@@ -54,8 +54,9 @@ class WorldConfig(Config):
     the videos'. n_sounds: the shares of the clips that have one, two and three sounds; null: 60, 28 and 12 %, and
     more or fewer in the test galleries. sound_s: the shortest and the longest that a sound lasts, but for one that goes
     on behind others in turn; null: sounds fill the clip between them. background_db: from how soft to how loud the
-    noise behind the sounds is, in dBFS. untold: the fewest and the most further sounds of a clip with captions, of which
-    its labels tell and no caption, as long as `sound_s` says and whenever they come; null: captions tell all.
+    noise behind the sounds is, in dBFS. untold: the fewest and the most further sounds of a clip
+    with captions, of which its labels tell and no caption, as long as `sound_s` says and whenever they come; null:
+    captions tell all.
     """
 
     seed: int
