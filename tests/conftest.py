@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 
 import jaxtyping
@@ -13,6 +14,8 @@ jaxtyping.install_import_hook("harken", "beartype.beartype(conf=beartype.Beartyp
 
 settings.register_profile("harken", deadline=None)  # how long an example takes says how busy the machine is
 settings.load_profile("harken")
+# a shell that starts the tests in the background has them, and all that they start, ignore Ctrl-C
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture

@@ -83,6 +83,7 @@ def test_what_is_no_address_is_refused(address: str, toys: Any, tmp_path: Path) 
         list(at(address)(toys.squarer, str(tmp_path), range(3)))
 
 
+@pytest.mark.slow
 def test_what_answers_but_is_no_scheduler(toys: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(on_dask, "CONNECT_S", 2.0)
     with socket.create_server(("127.0.0.1", 0)) as server:
