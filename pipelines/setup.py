@@ -37,6 +37,7 @@ TAG = "harken"
 BLOCK = "harken-webhook"
 TYPES = ("process", "kubernetes")  # the second is made with deploy/kubernetes/base-job-template.json
 N_RUNS = 4  # of a pool at once: the long ones lock the workspace, the others are quick
+START_S = 60.0  # `prefect server start --background` comes back before the server answers
 SILENCE = timedelta(seconds=90)  # three heartbeats
 BEATS = "prefect.flow-run.heartbeat"
 ENDS = {f"prefect.flow-run.{end}" for end in ("Completed", "Failed", "Cancelled", "Crashed")}
@@ -180,7 +181,7 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="change nothing; say what is missing")
     given = parser.parse_args()
     try:
-        url = require_server()
+        url = require_server(wait_s=0.0 if given.check else START_S)
         with get_client(sync_client=True) as client:
             if not given.check:
                 pools(client, {d["work_pool"]["name"] for d in declared()})

@@ -216,10 +216,11 @@ def failure(stage: str, work: Path | None, run_id: str) -> str | None:
     return str(told.get("message", "")) if is_ours and told.get("is_transient") else None
 
 
-def require_server(or_else: str = "") -> str:
+def require_server(or_else: str = "", wait_s: float = 0.0) -> str:
     """The address of the Prefect server. Raises ConfigError where none is named, TransientError where none answers.
 
-    `or_else`: what else the command offers to somebody without a server.
+    `or_else`: what else the command offers to somebody without a server. `wait_s`: how long one that was just started
+    has to answer.
     """
     from prefect.client.orchestration import get_client
     from prefect.settings import get_current_settings
@@ -231,8 +232,11 @@ def require_server(or_else: str = "") -> str:
             f"PREFECT_API_URL: not set, so nobody would see the run. Start a server: {start}.{or_else} `dvc repro` "
             "needs none."
         )
+    deadline = time.monotonic() + wait_s
     with get_client(sync_client=True) as client:
-        if (trouble := client.api_healthcheck()) is not None:
+        while (trouble := client.api_healthcheck()) is not None and time.monotonic() < deadline:
+            time.sleep(1.0)
+        if trouble is not None:
             raise TransientError(
                 f"PREFECT_API_URL={url}: no Prefect server answers there ({type(trouble).__name__}: {trouble}). Start "
                 f"it: {start}. Nothing was run."

@@ -9,6 +9,7 @@ import socket
 import sys
 import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -246,6 +247,37 @@ def test_no_server_and_a_server_that_is_away_are_told_apart(workspace: ModuleTyp
         pytest.raises(TransientError, match=r"http://127.0.0.1:9/api: no Prefect server answers.*prefect server start"),
     ):
         workspace.require_server()
+
+
+def test_a_server_that_is_starting_is_waited_for(workspace: ModuleType) -> None:
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    class Health(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b"true")
+
+        def log_message(self, *args: object) -> None: ...
+
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    started: list[ThreadingHTTPServer] = []
+
+    def start() -> None:
+        started.append(ThreadingHTTPServer(("127.0.0.1", port), Health))
+        started[0].serve_forever()
+
+    timer = threading.Timer(0.5, start)
+    timer.start()
+    try:
+        with temporary_settings({PREFECT_API_URL: f"http://127.0.0.1:{port}/api"}):
+            assert workspace.require_server(wait_s=30.0) == f"http://127.0.0.1:{port}/api"
+    finally:
+        timer.join(0.1)
+        for server in started:
+            server.shutdown()
+            server.server_close()
 
 
 @pytest.mark.slow
