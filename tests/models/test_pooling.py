@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from harken.errors import DataError
+from harken.errors import ConfigError, DataError
 from harken.models.pooling import POOLINGS, cosine_similarity
 
 DIM = 24
@@ -186,6 +186,30 @@ def test_cosine_similarity_is_by_rows_of_text_and_columns_of_clips() -> None:
 def test_tap_has_the_papers_number_of_parameters() -> None:
     n = {s: sum(p.numel() for p in POOLINGS["tap"](dim=1024, dp=512, share_ln=s).parameters()) for s in (True, False)}
     assert n == {True: 2_101_248, False: 2_103_296}
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_tap_may_start_as_a_mean_and_leaves_it(bias: bool) -> None:
+    frames, mask, texts = data()
+    mask[1, 2:] = False
+    torch.manual_seed(0)
+    flat = POOLINGS["tap"](dim=DIM, dp=12, bias=bias, start="uniform").double()
+    torch.manual_seed(0)
+    random = POOLINGS["tap"](dim=DIM, dp=12, bias=bias).double()
+    torch.testing.assert_close(
+        flat.attention(frames, mask, texts), (mask / mask.sum(1, keepdim=True))[:, None].expand(3, 4, 6).double()
+    )
+    for name in ("key", "value", "out"):
+        assert torch.equal(getattr(flat, name).weight, getattr(random, name).weight)
+    cosine_similarity(texts, flat(frames, mask, texts)).diagonal().sum().backward()
+    assert flat.query.weight.grad.abs().max() > 1e-6
+    torch.optim.SGD(flat.parameters(), 1.0).step()
+    assert flat.attention(frames, mask, texts)[0].std() > 1e-4
+
+
+def test_another_start_of_tap_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"tap\.start: unknown name 'unifrom'\. Did you mean 'uniform'"):
+        build("tap", start="unifrom")
 
 
 def test_tap_with_no_query_is_a_uniform_mean(tap) -> None:

@@ -379,6 +379,10 @@ def test_a_temperature_may_be_learnt(project: tiny.Project) -> None:
         ({"pooling": {"name": "tapp"}}, r"recipes\.bad\.pooling\.name: unknown name 'tapp'\. Did you mean 'tap'\?"),
         ({"pooling": {"dp": 3}}, r"recipes\.bad\.pooling: missing key `name`\. Known names: max, maxsim, mean"),
         ({"pooling": {"name": "mean", "dp": 3}}, r"recipes\.bad\.pooling: .*unexpected keyword argument 'dp'"),
+        (
+            {"pooling": {"name": "tap", "start": "unifrom"}},
+            r"bad\.pooling: tap\.start: unknown name 'unifrom'\. Did you",
+        ),
         ({"loss": {"name": "nt_xen", "temperature": 1}}, r"bad\.loss\.name: unknown name 'nt_xen'\. Did .* 'nt_xent'"),
         ({"loss": {"name": "nt_xent"}}, r"recipes\.bad\.loss: missing .*'temperature'"),
         ({"loss": {"name": "infonce", "temperature": {"initial": 0.1}}}, r"bad\.loss: .*'temperature'"),

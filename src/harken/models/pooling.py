@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from harken.errors import DataError
+from harken.errors import DataError, unknown
 from harken.models.features import full, full_precision
 
 Frames = Float[Tensor, "clip frame dim"]
@@ -22,6 +22,8 @@ Mask = Bool[Tensor, "clip frame"]
 Texts = Float[Tensor, "text dim"]
 Pooled = Float[Tensor, "clip text_or_1 dim"]
 Weights = Float[Tensor, "clip text frame"]
+
+STARTS = ("xavier", "uniform")
 
 
 @runtime_checkable
@@ -160,15 +162,28 @@ class TextAwareAttention(nn.Module):
 
     One head, no residual. `share_ln`: text and frames share one input LN (X-Pool, and the paper's one symbol) or have
     their own. `bias`: biases in the four projections (X-Pool has them, the paper's equations do not). `key_mask`:
-    padding is not attended to; without it, it is (Mei et al.'s code).
+    padding is not attended to; without it, it is (Mei et al.'s code). `start`: what training starts from, which the
+    paper does not say. "xavier": four random matrices, and so attention that prefers frames at random; "uniform": W_Q
+    is zero, every text reads all valid frames alike, and TAP is the mean of their values until training finds better.
+
+    Raises ConfigError for another `start`.
     """
 
     is_text_aware = True
 
     def __init__(
-        self, *, dim: int, dp: int = 512, share_ln: bool = True, bias: bool = False, key_mask: bool = True
+        self,
+        *,
+        dim: int,
+        dp: int = 512,
+        share_ln: bool = True,
+        bias: bool = False,
+        key_mask: bool = True,
+        start: str = "xavier",
     ) -> None:
         super().__init__()
+        if start not in STARTS:
+            raise unknown("tap.start", start, STARTS)
         self.dp, self.key_mask = dp, key_mask
         self.ln_audio = nn.LayerNorm(dim)
         self.ln_text = None if share_ln else nn.LayerNorm(dim)  # not an alias: a checkpoint holds each tensor once
@@ -179,6 +194,8 @@ class TextAwareAttention(nn.Module):
             nn.init.xavier_uniform_(projection.weight)  # X-Pool's identity is no choice: the matrices are not square
             if bias:
                 nn.init.zeros_(projection.bias)
+        if start == "uniform":  # W_K stays random: with both at zero neither would ever have a gradient
+            nn.init.zeros_(self.query.weight)
 
     def queries(self, text: Texts) -> Float[Tensor, "text dp"]:
         """Q / √d_p."""

@@ -259,7 +259,7 @@ def build_pooling(where: str, recipe: TrainRecipe, dim: int) -> nn.Module:
     options = {k: v for k, v in recipe.pooling.items() if k != "name"}
     try:
         return POOLINGS[recipe.pooling["name"]](dim=dim, **options)
-    except TypeError as e:
+    except (TypeError, ConfigError) as e:
         raise ConfigError(f"{where}.pooling: {e}") from None
 
 
