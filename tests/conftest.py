@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import signal
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import jaxtyping
 import pytest
 from hypothesis import settings
 
+sys.path.insert(0, str(Path(__file__).parent))  # what tests in several folders share
 # before any test module imports harken; the tower is PEP 484's: a function of a float takes an int
 jaxtyping.install_import_hook("harken", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
 

@@ -6,10 +6,9 @@ import contextlib
 import dataclasses
 import importlib
 import os
-import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import pytest
 
 from harken.engines import engine
 from harken.errors import ClipError, ConfigError, HarkenError, TransientError
+from processes import free_port, until
 
 distributed = pytest.importorskip("distributed")  # the extra `cluster`
 on_dask = importlib.import_module("harken.engines.dask")
@@ -42,21 +42,6 @@ def cluster(n: int = 2, **kwargs: Any) -> Iterator[Any]:
 
 def at(found: Any, shared: Path | None = None) -> Any:
     return on_dask.on_dask(found if isinstance(found, str) else found.scheduler_address, shared)
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
-
-
-def until(is_so: Callable[[], bool], limit_s: float = 20.0) -> bool:
-    end = time.monotonic() + limit_s
-    while not is_so():
-        if time.monotonic() > end:
-            return False
-        time.sleep(0.02)
-    return True
 
 
 def test_the_address_is_what_follows_the_plus(toys: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

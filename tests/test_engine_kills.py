@@ -17,11 +17,13 @@ import sys
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
+
+from processes import lives, until
 
 TESTS = Path(__file__).parent
 N_ITEMS, N_WORKERS = 14, 2
@@ -103,30 +105,14 @@ def children(pid: int) -> list[psutil.Process]:
     return []
 
 
-def until(is_so: Callable[[], bool], limit_s: float) -> bool:
-    end = time.monotonic() + limit_s
-    while not is_so():
-        if time.monotonic() > end:
-            return False
-        time.sleep(0.01)
-    return True
-
-
 def family(mark: str) -> list[psutil.Process]:
     """Every living process that inherited the mark, wherever its parent is."""
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
-            if process.environ().get(MARK) == mark and process.status() != psutil.STATUS_ZOMBIE:
+            if process.environ().get(MARK) == mark and lives(process):
                 found.append(process)
     return found
-
-
-def lives(process: psutil.Process) -> bool:
-    try:
-        return process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
 
 
 class Scene:

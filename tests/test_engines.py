@@ -18,6 +18,7 @@ import pytest
 from harken import engines
 from harken.engines import ENGINES, engine, inline, local, n_workers
 from harken.errors import ClipError, ConfigError, HarkenError
+from processes import lives, until
 
 EVERY = sorted(ENGINES)
 # starting a cluster takes seconds, and Ray's five: what Dask's other tests show too is shown by the slow ones
@@ -138,29 +139,13 @@ def test_no_worker_outlives_a_killed_parent(name: str, tmp_path: Path) -> None:
     folder.mkdir()
     parent = subprocess.Popen([sys.executable, str(script), name, str(folder)])
     try:
-        assert _until(lambda: len(list(folder.glob("pid-*"))) == 2, 60)
+        assert until(lambda: len(list(folder.glob("pid-*"))) == 2, 60)
         workers = [psutil.Process(int(p.name.split("-")[1])) for p in folder.glob("pid-*")]
         family = [*workers, *psutil.Process(parent.pid).children(recursive=True)]
     finally:
         parent.send_signal(signal.SIGKILL)
         parent.wait()
-    assert _until(lambda: not any(_lives(p) for p in family), 15), [p for p in family if _lives(p)]
-
-
-def _lives(process: psutil.Process) -> bool:
-    try:
-        return process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-
-
-def _until(is_so: Callable[[], bool], limit_s: float) -> bool:
-    end = time.monotonic() + limit_s
-    while not is_so():
-        if time.monotonic() > end:
-            return False
-        time.sleep(0.05)
-    return True
+    assert until(lambda: not any(map(lives, family)), 15), [p for p in family if lives(p)]
 
 
 def test_engines_are_chosen_by_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

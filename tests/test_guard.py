@@ -22,6 +22,7 @@ from harken.engines import ENGINES
 from harken.errors import ClipError, ConfigError, HarkenError
 from harken.guard import OVER_LIMITS, PATIENCE, Guard
 from harken.media.reasons import POLICIES, REASONS
+from processes import lives, until
 
 LIMIT_S = 0.2
 MEMORY_GB = 0.3
@@ -54,12 +55,7 @@ def n_made(folder: Path) -> int:
 
 
 def is_gone(pid: int, within_s: float = 10.0) -> bool:
-    until = time.monotonic() + within_s
-    while time.monotonic() < until:
-        if not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
-            return True
-        time.sleep(0.02)
-    return False
+    return until(lambda: not lives(pid), within_s)
 
 
 def reason_of(guard: Guard[Any, Any], item: Any) -> str:
@@ -227,10 +223,7 @@ def test_map_works_on_the_next_item_while_the_last_result_is_used(guard: Guard[A
     paths = [str(tmp_path / f"touched-{i}") for i in range(4)]
     for i, (key, _) in enumerate(guard.map((p, ("touch", p)) for p in paths)):
         assert key == paths[i]
-        until = time.monotonic() + 10
-        while i < 3 and not Path(paths[i + 1]).exists():
-            assert time.monotonic() < until
-            time.sleep(0.01)
+        assert i == 3 or until(Path(paths[i + 1]).exists, 10)
         assert not any(Path(p).exists() for p in paths[i + 2 :])
 
 
@@ -291,10 +284,7 @@ def test_ctrl_c_ends_both_without_a_trace_from_the_process(toys: Any, tmp_path: 
 
 
 def pid_in(folder: Path) -> int:
-    until = time.monotonic() + 30
-    while not (folder / "pid").exists():
-        assert time.monotonic() < until
-        time.sleep(0.02)
+    assert until((folder / "pid").exists, 30)
     return int((folder / "pid").read_text())
 
 

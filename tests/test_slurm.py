@@ -7,11 +7,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import psutil
 import pytest
+
+from processes import lives, until
 
 DEPLOY = Path(__file__).parents[1] / "deploy" / "slurm"
 SCRIPTS = sorted(DEPLOY.glob("*.sbatch"))
@@ -75,17 +76,14 @@ def of(root: Path) -> list[psutil.Process]:
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
-            if process.cwd() == str(root) and process.status() != psutil.STATUS_ZOMBIE:
+            if process.cwd() == str(root) and lives(process):
                 found.append(process)
     return found
 
 
 def is_left(root: Path) -> bool:
     """Whether nobody works in the folder any more, after some seconds at most."""
-    end = time.monotonic() + 15
-    while of(root) and time.monotonic() < end:
-        time.sleep(0.1)
-    return not of(root)
+    return until(lambda: not of(root), 15, every_s=0.1)
 
 
 @pytest.mark.slow
@@ -110,10 +108,7 @@ def test_a_job_that_is_cancelled_leaves_nobody(tmp_path: Path) -> None:
         ["bash", str(DEPLOY / "dask.sbatch")], cwd=tmp_path, env=env, start_new_session=True, stderr=subprocess.DEVNULL
     )
     try:
-        end = time.monotonic() + 60
-        while not (tmp_path / "reached").exists():
-            assert time.monotonic() < end
-            time.sleep(0.1)
+        assert until((tmp_path / "reached").exists, 60)
         os.killpg(job.pid, signal.SIGTERM)  # scancel tells every process of a step
         assert job.wait(30) != 0
         assert is_left(tmp_path)

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import copy
+import functools
 import os
 import shutil
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 from ruamel.yaml import YAML
 
+import processes
 from harken.config import read_params
 
 ROOT = Path(__file__).parents[2]
@@ -33,6 +33,7 @@ OUTS = {
     "train": "trained",
 }
 """stage -> where its result is"""
+until = functools.partial(processes.until, every_s=0.002)  # what a stage is in the midst of may be over in no time
 WORLD = {
     "seed": 3,
     "n_train": 16,
@@ -168,19 +169,3 @@ def copy_before(corridor: Corridor, stage: str, root: Path) -> Corridor:
     shutil.rmtree(made.path(OUTS[stage]))
     shutil.rmtree(made.path("work") / stage)
     return made
-
-
-def until(is_so: Callable[[], bool], limit_s: float) -> bool:
-    end = time.monotonic() + limit_s
-    while not is_so():
-        if time.monotonic() > end:
-            return False
-        time.sleep(0.002)
-    return True
-
-
-def lives(process: psutil.Process) -> bool:
-    try:
-        return process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False

@@ -13,7 +13,9 @@ from pathlib import Path
 
 import psutil
 import pytest
-from corridor import ROOT, Corridor, contents, copy_before, lives, until
+from corridor import ROOT, Corridor, contents, copy_before, until
+
+from processes import lives
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 

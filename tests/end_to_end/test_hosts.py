@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -23,6 +22,7 @@ from corridor import ROOT, contents, tiny_params
 from ruamel.yaml import YAML
 
 from harken import timings
+from processes import free_port
 
 pytest.importorskip("moto", reason="a store like S3 needs the extra `dev`")
 pytest.importorskip("dvc_s3", reason="DVC's S3 remotes need the extra `cluster`")
@@ -110,12 +110,6 @@ class Host:
         """The stages that have run here, in order."""
         work = self.root / ".work/world"
         return [r["stage"] for r in timings.read(work)] if work.is_dir() else []
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
 
 
 def networks(n: int, stack: list[subprocess.Popen[bytes]]) -> list[Network] | None:

@@ -14,7 +14,9 @@ from pathlib import Path
 
 import psutil
 import pytest
-from corridor import OUTS, Corridor, contents, copy_before, lives, until
+from corridor import OUTS, Corridor, contents, copy_before, until
+
+from processes import lives
 
 # stage -> what shows that it is in the middle, the engine under which it is killed
 MATRIX = {

@@ -13,11 +13,12 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from corridor import OUTS, ROOT, Corridor, contents, copy_before, lives, until
+from corridor import OUTS, ROOT, Corridor, contents, copy_before, until
 from safetensors.torch import load_file
 
 from harken.stages import STAGES
 from harken.stages import __main__ as entry
+from processes import lives
 
 # the agent otherwise meets its restarted workers at a store in which the dead ones' addresses still lie
 RESTARTABLE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}

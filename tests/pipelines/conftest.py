@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
-import socket
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
 
+import processes
+
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))  # `pipelines` is no part of the installed package
+until = functools.partial(processes.until, every_s=0.2)  # most questions are asked of a server
 
 TOY = """\
 stages:
@@ -119,34 +121,10 @@ def make_toy(root: Path) -> Path:
     return root
 
 
-def lives(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    status = Path(f"/proc/{pid}/stat")
-    return not (status.is_file() and status.read_text().rpartition(")")[2].split()[0] == "Z")
-
-
-def until(is_so: Callable[[], object], limit_s: float) -> bool:
-    deadline = time.monotonic() + limit_s
-    while not is_so():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.2)
-    return True
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
-
-
 @contextmanager
 def prefect_server(home: Path, **settings: str) -> Iterator[dict[str, str]]:
     """A server on a free port with a database of its own; yields the environment of its clients."""
-    url = f"http://127.0.0.1:{free_port()}"
+    url = f"http://127.0.0.1:{processes.free_port()}"
     told = {"PREFECT_HOME": str(home), "PREFECT_API_URL": f"{url}/api", "NO_PROXY": "127.0.0.1,localhost"}
     told |= {"DO_NOT_TRACK": "1", "PREFECT_SERVER_ANALYTICS_ENABLED": "false", "CI": "1", **settings}
     env = {k: v for k, v in os.environ.items() if not k.startswith("PREFECT_")} | told

@@ -8,12 +8,13 @@ import os
 import socket
 import sys
 import threading
-import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
+
+from processes import lives, until
 
 pytest.importorskip("prefect", reason="the flow needs the extra `cluster`")
 ROOT = Path(__file__).parents[2]
@@ -114,19 +115,7 @@ def test_cancelling_leaves_nothing_running(flows: ModuleType, toy: Path) -> None
     thread.join(30)
     assert not thread.is_alive()
     assert len(errors) == 1
-    deadline = time.monotonic() + 10
-    while any(_is_running(p) for p in pids) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert [p for p in pids if _is_running(p)] == []
-
-
-def _is_running(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    status = Path(f"/proc/{pid}/stat")
-    return not (status.is_file() and status.read_text().rpartition(")")[2].split()[0] == "Z")
+    assert until(lambda: not any(map(lives, pids)), 10), [p for p in pids if lives(p)]
 
 
 def test_what_a_stage_says_of_its_failure_decides_whether_it_is_tried_again(flows: ModuleType, toy: Path) -> None:
@@ -160,9 +149,7 @@ def test_what_a_stage_tells_of_its_progress_is_shown(
     (tmp_path / "embed.progress.json").write_text(json.dumps({**told, "host": socket.gethostname()}))
     seen: list[dict[str, object]] = []
     with flows._watched("embed", tmp_path, seen.append):
-        deadline = time.monotonic() + 5
-        while not seen and time.monotonic() < deadline:
-            time.sleep(0.01)
+        assert until(lambda: seen, 5)
     assert seen[0]["done"] == 3
     assert seen[0]["what"] == "embed"
 

@@ -29,6 +29,8 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
+from processes import free_port, lives
+
 pytest.importorskip("prefect", reason="the flows need the extra `cluster`")
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -309,7 +311,7 @@ def test_a_killed_flow_is_crashed_leaves_nothing_running_and_is_told_of(site: Si
     os.kill(flow, signal.SIGKILL)
     kind, told = site.ended(run, 90)
     assert kind == "CRASHED", told
-    assert toys.until(lambda: not any(toys.lives(p) for p in stage), 10), "the stage lives on"
+    assert toys.until(lambda: not any(map(lives, stage)), 10), "the stage lives on"
     assert toys.until(lambda: any(p["what"] == "failed" for p in site.hook.posted), 60), site.hook.posted
     assert next(p for p in site.hook.posted if p["what"] == "failed")["flow"] == "repro"
 
@@ -321,7 +323,7 @@ def test_a_cancelled_flow_leaves_nothing_running(site: Site) -> None:
     _, stage = site.asleep()
     assert site.python("-m", "prefect", "flow-run", "cancel", run).returncode == 0
     assert site.ended(run, 120)[0] == "CANCELLED"
-    assert toys.until(lambda: not any(toys.lives(p) for p in stage), 30), "the stage lives on"
+    assert toys.until(lambda: not any(map(lives, stage)), 30), "the stage lives on"
 
 
 def test_with_the_worker_dead_too_the_run_is_crashed_by_its_silence(site: Site) -> None:
@@ -337,7 +339,7 @@ def test_with_the_worker_dead_too_the_run_is_crashed_by_its_silence(site: Site) 
     kind, told = site.ended(run, 240)
     assert kind == "CRASHED", told
     assert "Nothing was heard of it" in told
-    assert toys.until(lambda: not any(toys.lives(p) for p in stage), 10), "the stage lives on"
+    assert toys.until(lambda: not any(map(lives, stage)), 10), "the stage lives on"
 
 
 def test_without_a_server_the_command_says_what_to_do_and_with_its_own_it_works(toy: Path, tmp_path: Path) -> None:
@@ -379,7 +381,7 @@ def postgres() -> Iterator[str]:
     with tempfile.TemporaryDirectory(prefix="pg") as folder:
         if who:
             os.chown(folder, who["user"], who["group"])
-        data, port = f"{folder}/data", toys.free_port()
+        data, port = f"{folder}/data", free_port()
         made = [initdb, "-D", data, "-U", "harken", "-A", "trust", "-N", "-E", "UTF8", "--locale", "C"]
         subprocess.run(made, check=True, capture_output=True, cwd=folder, **who)
         command = [str(Path(initdb).resolve().with_name("postgres")), "-D", data, "-k", folder, "-p", str(port)]
