@@ -35,13 +35,12 @@ from prefect.settings import PREFECT_SERVER_ALLOW_EPHEMERAL_MODE, temporary_sett
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from harken import progress
-from harken.errors import ConfigError, HarkenError, TransientError, unknown
+from harken.errors import TRY_AGAIN, ConfigError, HarkenError, TransientError, status_of, unknown
 from pipelines import workspace
 from pipelines.workspace import Say, stop_all
 
 LOOK_EVERY_S = 2.0
 RETRY_AFTER_S = [10.0, 60.0, 300.0]  # the last one repeats
-TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h
 
 
 def graph(root: str | Path = ".") -> dict[str, set[str]]:
@@ -325,7 +324,7 @@ def main() -> int:
             rows = repro(given.targets or None, given.retries, given.branches, given.wait_s)
     except HarkenError as e:
         print(f"harken: {e}", file=sys.stderr)
-        return TRY_AGAIN if isinstance(e, TransientError | workspace.WorkspaceBusy) else 1
+        return status_of(e)
     except TransportError as e:
         print(f"harken: the Prefect server went away ({type(e).__name__}). What is done is kept.", file=sys.stderr)
         return TRY_AGAIN

@@ -27,8 +27,7 @@ from prefect.events.actions import CallWebhook, ChangeFlowRunState
 from prefect.exceptions import ObjectNotFound
 from ruamel.yaml import YAML
 
-from harken.errors import ConfigError, HarkenError, TransientError
-from pipelines.repro import TRY_AGAIN
+from harken.errors import ConfigError, HarkenError, status_of
 from pipelines.upkeep import LOST
 from pipelines.workspace import require_server
 
@@ -191,7 +190,7 @@ def main() -> int:
             missing = lacking(client)
     except HarkenError as e:
         print(f"harken: {e}", file=sys.stderr)
-        return TRY_AGAIN if isinstance(e, TransientError) else 1
+        return status_of(e)
     for d in declared():
         when = ", ".join(s.get("cron", str(s)) for s in d.get("schedules") or []) or "when asked"
         print(f"{d['entrypoint']:<42} {d['name']:<10} {when:<14} {d['description']}")

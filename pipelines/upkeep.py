@@ -27,9 +27,9 @@ from prefect.task_runners import ThreadPoolTaskRunner
 
 from harken import gc as scratch
 from harken.config import Paths, load, params_path
-from harken.errors import HarkenError, TransientError
+from harken.errors import HarkenError, status_of
 from pipelines import workspace
-from pipelines.repro import TRY_AGAIN, changed, graph, walk
+from pipelines.repro import changed, graph, walk
 from pipelines.workspace import Say
 
 LOST = "harken.clips.lost"
@@ -208,7 +208,7 @@ def main() -> int:
         result = state.result()
     except HarkenError as e:
         print(f"harken: {e}", file=sys.stderr)
-        return TRY_AGAIN if isinstance(e, TransientError | workspace.WorkspaceBusy) else 1
+        return status_of(e)
     print(state.message if result is None else json.dumps(result, indent=1))
     return 0
 

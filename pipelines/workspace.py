@@ -36,7 +36,7 @@ _lock = threading.Lock()
 Say = Callable[[str], None]
 
 
-class WorkspaceBusy(HarkenError):  # noqa: N818 - a state of the workspace, not a mistake
+class WorkspaceBusy(TransientError):  # noqa: N818 - a state of the workspace, not a mistake
     """Another flow works on the workspace."""
 
 

@@ -6,10 +6,10 @@ import pickle
 
 import pytest
 
-from harken.errors import ClipError, ConfigError, DataError, HarkenError, nearest, unknown
+from harken.errors import ClipError, ConfigError, DataError, HarkenError, TransientError, nearest, status_of, unknown
 
 
-@pytest.mark.parametrize("error", [ConfigError, DataError, ClipError])
+@pytest.mark.parametrize("error", [ConfigError, DataError, TransientError, ClipError])
 def test_every_error_on_purpose_is_a_harken_error(error: type[Exception]) -> None:
     assert issubclass(error, HarkenError)
 
@@ -30,6 +30,11 @@ def test_an_unknown_name_is_met_with_the_nearest_and_all_known_ones() -> None:
     assert str(error) == (
         "params.yaml: train.loss: unknown name 'pmrr'. Did you mean 'pmr'? Known: nt_xent, pmr, triplet_max."
     )
+
+
+def test_the_exit_status_says_whether_trying_again_may_help() -> None:
+    assert status_of(TransientError("away")) == 75
+    assert {status_of(e) for e in (HarkenError(), ConfigError(), DataError(), OSError())} == {1}
 
 
 def test_a_name_like_no_other_gets_no_guess() -> None:

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Final
+
+REFUSED: Final = 1
+TRY_AGAIN: Final = 75  # EX_TEMPFAIL of sysexits.h: the same command may go well later
 
 
 class HarkenError(Exception):
@@ -47,6 +50,11 @@ class ClipError(HarkenError):
 
 def _clip_error(reason: str, message: str, facts: dict[str, Any]) -> ClipError:
     return ClipError(reason, message, **facts)
+
+
+def status_of(error: BaseException) -> int:
+    """The exit status of a stage or a flow's command that ends with `error`."""
+    return TRY_AGAIN if isinstance(error, TransientError) else REFUSED
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:

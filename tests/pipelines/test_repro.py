@@ -170,6 +170,9 @@ def test_a_server_that_takes_no_progress_costs_the_stage_nothing(
 
 
 def test_one_flow_at_a_time_works_on_a_workspace(workspace: ModuleType, tmp_path: Path) -> None:
+    from harken.errors import TransientError
+
+    assert issubclass(workspace.WorkspaceBusy, TransientError), "its command ends with 75"
     said: list[str] = []
     with (
         workspace.exclusive(tmp_path, "flow run one", 0.0, said.append),

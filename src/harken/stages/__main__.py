@@ -21,13 +21,12 @@ from typing import Any
 from harken import launch, logs, prometheus, space, timings
 from harken.config import Config, Paths, load
 from harken.engines import ONE_THREAD, die_with_parent, engine, n_started
-from harken.errors import ConfigError, HarkenError, TransientError
+from harken.errors import REFUSED, ConfigError, HarkenError, TransientError, status_of
 from harken.progress import watched
 from harken.shards import write_json
 
 log = logging.getLogger("harken")
 TOGETHER = ("pretrain", "finetune")  # the stages whose runs several processes can train together, under torchrun
-REFUSED, TRY_AGAIN = 1, 75  # EX_TEMPFAIL of sysexits.h: the same command may go well later
 
 
 def main(name: str) -> int:
@@ -50,11 +49,6 @@ def main(name: str) -> int:
         log.critical("stage %s: a mistake in harken or in a library", name, exc_info=True)
         return REFUSED
     return 0
-
-
-def status_of(error: BaseException) -> int:
-    """The exit status of a stage that ends with `error`."""
-    return TRY_AGAIN if isinstance(error, TransientError) else REFUSED
 
 
 def _run(name: str) -> None:
