@@ -7,8 +7,8 @@ alone, and a number of another host means nothing here.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import fcntl
+import functools
 import json
 import os
 import re
@@ -25,12 +25,11 @@ from pathlib import Path
 from typing import IO, Any
 
 from harken.config import Paths, params_path, parse, read_params
+from harken.engines import bind_to
 from harken.errors import ConfigError, HarkenError, TransientError
 
 GRACE_S = 10.0  # between asking a cancelled process to end and ending it
 PASSED_ON = re.compile(r"(HARKEN|TORCH|NCCL|GLOO|CUDA|OMP|MKL|DASK|RAY)_[A-Z0-9_]+")
-_PR_SET_PDEATHSIG = 1
-_libc = ctypes.CDLL(None) if sys.platform == "linux" else None  # loaded before any fork
 _running: dict[int, subprocess.Popen[str]] = {}
 _lock = threading.Lock()
 Say = Callable[[str], None]
@@ -146,11 +145,6 @@ def told(command: list[str], root: str | Path, say: Say) -> tuple[int, Any]:
         raise HarkenError(f"`{' '.join(command)}` ended with status {child.returncode}. It said:\n  {said}") from None
 
 
-def _die_with_parent() -> None:
-    if _libc is not None:
-        _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
 @contextlib.contextmanager
 def process(
     command: list[str], root: str | Path, env: Mapping[str, str], stdout: Any = subprocess.PIPE, stderr: Any = None
@@ -169,7 +163,7 @@ def process(
         stdout=stdout,
         stderr=subprocess.STDOUT if stderr is None else stderr,
         start_new_session=True,
-        preexec_fn=_die_with_parent,
+        preexec_fn=functools.partial(bind_to, os.getpid()),
     )
     with _lock:
         _running[child.pid] = child

@@ -11,12 +11,11 @@ What the processes learn is what one would have learnt (see `training.distribute
 from __future__ import annotations
 
 import contextlib
-import ctypes
+import functools
 import json
 import logging
 import os
 import re
-import signal
 import subprocess
 import sys
 import tempfile
@@ -25,6 +24,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from harken import errors
+from harken.engines import bind_to
 from harken.errors import ConfigError, DataError, HarkenError, TransientError, unknown
 from harken.shards import write_json
 
@@ -34,7 +34,6 @@ TOLD = "HARKEN_TOLD"  # set by `together` for the processes that it starts: wher
 STARTED_BY = "HARKEN_LAUNCHER"  # its process
 LOOK_S, GRACE_S = 0.2, 10.0
 NEVER = (ConfigError, DataError)  # no restart will mend these
-_libc = ctypes.CDLL(None) if sys.platform == "linux" else None  # loaded before any fork
 
 
 def mode(given: str) -> tuple[str, int | None]:
@@ -96,7 +95,8 @@ def together(stage: str, size: int) -> None:
         # or those that are started again would meet at a store in which the dead ones' addresses still lie
         env["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
         env.pop("HARKEN_LAUNCH", None)
-        process = subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, preexec_fn=_bound_to(os.getpid()))
+        bound = functools.partial(bind_to, os.getpid())
+        process = subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, preexec_fn=bound)
         try:
             while _lives(process):
                 if isinstance(error := _told(Path(folder)), NEVER):
@@ -137,18 +137,6 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     if process.poll() is None:
         process.kill()
         process.wait()
-
-
-def _bound_to(parent: int) -> Callable[[], None]:
-    """What the child does before it becomes torchrun: it is to end when its parent does."""
-
-    def bind() -> None:
-        if _libc is not None:
-            _libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG; it outlives exec
-        if os.getppid() != parent:
-            os._exit(1)
-
-    return bind
 
 
 def check_parent() -> None:

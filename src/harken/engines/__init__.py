@@ -38,6 +38,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
 REBUILDS = 3
+_libc = ctypes.CDLL(None) if sys.platform == "linux" else None  # loaded before any fork
 
 
 @runtime_checkable
@@ -98,10 +99,7 @@ def die_with_parent() -> None:
     """End this process when its parent ends, however it ends, so that no killed run leaves workers behind."""
     started_by = multiprocessing.parent_process()
     if sys.platform == "linux":
-        pr_set_pdeathsig = 1
-        ctypes.CDLL("libc.so.6", use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL)
-        if started_by is not None and os.getppid() != started_by.pid:
-            os._exit(1)  # it ended before it was watched: nobody would tell this process
+        bind_to(None if started_by is None else started_by.pid)
         return
     parent = os.getppid()
 
@@ -111,6 +109,17 @@ def die_with_parent() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+def bind_to(parent: int | None) -> None:
+    """On Linux, end this process when its parent ends, also after an exec; everywhere at once where `parent` has ended.
+
+    For a child between fork and exec too (`preexec_fn`), so it does no more than it must.
+    """
+    if _libc is not None:
+        _libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if parent is not None and os.getppid() != parent:
+        os._exit(1)  # it ended before it was watched: nobody would tell this process
 
 
 def start_worker(devices: Any = None) -> None:
