@@ -17,10 +17,10 @@ from rich.console import Console
 from rich.table import Table
 
 from harken import __version__, acquire, observe
-from harken.config import Config, Paths, load, params_path, read_params
+from harken.config import FOLDERS, Config, Paths, load, params_path, read_params
 from harken.engines import n_cores
 from harken.errors import ConfigError, DataError, HarkenError, unknown
-from harken.stages import FOLDERS, STAGES, config_class
+from harken.stages import STAGES, config_class
 
 app = typer.Typer(
     help="Find the sound a sentence describes, and the sentence that describes a sound.",

@@ -179,3 +179,21 @@ class Paths(Config):
     report: Path
     work: Path
     ledger: Path
+
+
+FOLDERS = {
+    "lists": "lists",
+    "catalog": "manifest",
+    "download": "media",
+    "audit": "audit",
+    "extract": "features",
+    "weights": "weights",
+    "stats": "stats",
+    "embed": "embeddings",
+    "pretrain": "pretrained",
+    "finetune": "finetuned",
+    "train": "trained",
+    "evaluate": "evaluations",
+    "report": "report",
+}
+"""stage -> the name in `paths` of the folder that it fills, in the order of the corridor"""

@@ -19,16 +19,12 @@ from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from harken.config import Paths
+from harken.config import FOLDERS, Paths
 
 log = logging.getLogger("harken")
-OUTS = {"lists": "lists", "weights": "weights", "evaluate": "evaluations"} | {
-    "pretrain": "pretrained",
-    "finetune": "finetuned",
-    "train": "trained",
-}
-"""The stages that keep a folder per fingerprint in their scratch folder, and which of `paths` each fills."""
 RUNS = ("pretrain", "finetune", "train")
+STAGES = ("lists", "weights", "evaluate", *RUNS)
+"""The stages that keep a folder per fingerprint in their scratch folder."""
 _MARKED = re.compile(r"(?:.+\.)?[0-9a-f]{16}")  # ends with a fingerprint
 
 
@@ -44,8 +40,8 @@ class Leftover(NamedTuple):
 def leftovers(paths: Paths, settled: Collection[str]) -> list[Leftover]:
     """What may be removed from the scratch folders of the stages `settled`, whose outs are up to date."""
     found: list[Leftover] = []
-    for stage, name in OUTS.items():
-        work, out = paths.work / stage, getattr(paths, name)
+    for stage in STAGES:
+        work, out = paths.work / stage, getattr(paths, FOLDERS[stage])
         if stage not in settled or not work.is_dir() or not out.is_dir():
             continue
         folders = sorted(p for p in work.iterdir() if p.is_dir() and _MARKED.fullmatch(p.name))

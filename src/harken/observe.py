@@ -15,9 +15,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 
 from harken import progress, timings
-from harken.config import Paths
+from harken.config import FOLDERS, Paths
 from harken.errors import ConfigError
-from harken.stages import FOLDERS, STAGES
+from harken.stages import STAGES
 
 out = Console()
 EVERY_S = 1.0

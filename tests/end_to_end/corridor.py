@@ -17,7 +17,7 @@ from typing import Any
 from ruamel.yaml import YAML
 
 import processes
-from harken.config import read_params
+from harken.config import FOLDERS, read_params
 
 ROOT = Path(__file__).parents[2]
 CHAIN = """
@@ -25,14 +25,6 @@ import sys
 from harken.stages.__main__ import main
 sys.exit(any(main(stage) for stage in sys.argv[1].split()))
 """
-OUTS = {
-    "download": "media",
-    "extract": "features",
-    "pretrain": "pretrained",
-    "finetune": "finetuned",
-    "train": "trained",
-}
-"""stage -> where its result is"""
 until = functools.partial(processes.until, every_s=0.002)  # what a stage is in the midst of may be over in no time
 WORLD = {
     "seed": 3,
@@ -166,6 +158,6 @@ def copy_before(corridor: Corridor, stage: str, root: Path) -> Corridor:
     made = Corridor(root, copy.deepcopy(corridor.params))
     (made.path("work") / "timings.jsonl").unlink()  # the one file that is appended to
     made.write()
-    shutil.rmtree(made.path(OUTS[stage]))
+    shutil.rmtree(made.path(FOLDERS[stage]))
     shutil.rmtree(made.path("work") / stage)
     return made

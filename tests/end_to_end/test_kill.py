@@ -14,8 +14,9 @@ from pathlib import Path
 
 import psutil
 import pytest
-from corridor import OUTS, Corridor, contents, copy_before, until
+from corridor import Corridor, contents, copy_before, until
 
+from harken.config import FOLDERS
 from processes import lives
 
 # stage -> what shows that it is in the middle, the engine under which it is killed
@@ -37,7 +38,7 @@ def test_a_killed_stage_run_again_ends_with_the_same_bytes(stage: str, corridor:
     sign, engine = MATRIX[stage]
     before = contents(corridor.root)
     copy = copy_before(corridor, stage, tmp_path / "copy")
-    out, work = copy.path(OUTS[stage]), copy.path("work") / stage
+    out, work = copy.path(FOLDERS[stage]), copy.path("work") / stage
     process = copy.start(stage, HARKEN_ENGINE=engine, HARKEN_WORKERS="2")
     try:
         assert until(lambda: any(not p.name.startswith(".") for p in work.glob(sign)), 90), "the stage never began"
@@ -50,7 +51,7 @@ def test_a_killed_stage_run_again_ends_with_the_same_bytes(stage: str, corridor:
     assert not out.exists(), "what is not whole was published"
     assert any(p.is_file() for p in work.rglob("*")), "nothing is left to go on from"
     copy.run(stage)
-    assert contents(out) == contents(corridor.path(OUTS[stage]))
+    assert contents(out) == contents(corridor.path(FOLDERS[stage]))
     assert leftovers(work) == []
     assert contents(corridor.root) == before, "a stage wrote into a file that it shares with others"
 
@@ -72,7 +73,7 @@ def test_twenty_kills_at_any_moment_change_no_byte(stage: str, corridor: Corrido
     process = begun(whole, stage, "inline", "state.safetensors")
     began = time.monotonic()
     assert whole.ended(process)[0] == 0
-    lasts_s, expected = time.monotonic() - began, contents(whole.path(OUTS[stage]))
+    lasts_s, expected = time.monotonic() - began, contents(whole.path(FOLDERS[stage]))
     draw, n_killed, n_resumed = random.Random(stage), 0, 0
     while n_killed < N_KILLS:
         # three times in four it has trained a little: before that there is little to spoil
@@ -90,7 +91,7 @@ def test_twenty_kills_at_any_moment_change_no_byte(stage: str, corridor: Corrido
         n_resumed += "resuming at step" in said
         if status == 0:
             is_whole(copy, stage, expected)
-            shutil.rmtree(copy.path(OUTS[stage]))
+            shutil.rmtree(copy.path(FOLDERS[stage]))
             shutil.rmtree(copy.path("work") / stage)
     copy.run(stage)
     is_whole(copy, stage, expected)
@@ -118,7 +119,7 @@ def gone(family: list[psutil.Process]) -> bool:
 
 def is_whole(copy: Corridor, stage: str, expected: Mapping[str, bytes]) -> None:
     """Published are the expected bytes, and scratch holds the same files and no other."""
-    found = contents(copy.path(OUTS[stage]))
+    found = contents(copy.path(FOLDERS[stage]))
     assert found.keys() == expected.keys()
     assert [name for name in expected if found[name] != expected[name]] == []
     work = copy.path("work") / stage

@@ -13,9 +13,10 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from corridor import OUTS, ROOT, Corridor, contents, copy_before, until
+from corridor import ROOT, Corridor, contents, copy_before, until
 from safetensors.torch import load_file
 
+from harken.config import FOLDERS
 from harken.stages import STAGES
 from harken.stages import __main__ as entry
 from processes import lives
@@ -100,7 +101,7 @@ def test_two_processes_learn_what_one_does(stage: str, corridor: Corridor, tmp_p
         copy.write()
     one.run(stage)
     two.run(stage, 2)
-    out, other = (copy.path(OUTS[stage]) for copy in (one, two))
+    out, other = (copy.path(FOLDERS[stage]) for copy in (one, two))
     assert contents(other).keys() == contents(out).keys()
     left = {p.name for p in (two.path("work") / stage).rglob("*")}
     assert not left & {"settings.json", "state.safetensors", "diverged.json"}

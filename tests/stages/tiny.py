@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import torch
 
 from harken.clips import Clip, Manifest, Source, Split
-from harken.config import Paths, parse, read_params
+from harken.config import FOLDERS, Paths, parse, read_params
 from harken.engines import inline
 from harken.models import weights
 from harken.models.audio_vit import AudioViT
@@ -39,12 +39,12 @@ SIZES = {
     ("audiocaps", Split.TEST): 3,
 }
 IMAGE_TIMES_S = (0.0, 10 / 3, 20 / 3, 10 - 1 / 25)
-FOLDERS = {"pretrain": "pretrained", "finetune": "finetuned", "evaluate": "evaluations", "report": "report"}
+STAGES = ("pretrain", "finetune", "evaluate", "report")
 
 
 def params() -> dict[str, Any]:
     """The committed params of the stages that are run here, made tiny: one epoch, and one recipe of each stage."""
-    p = {s: copy.deepcopy(read_params(ROOT / "params.yaml")[s]) for s in FOLDERS}
+    p = {s: copy.deepcopy(read_params(ROOT / "params.yaml")[s]) for s in STAGES}
     short = {"batch": 4, "epochs": 1, "checkpoint_every": 1}
     short["augment"] = {"freq_mask": 8, "time_mask": 20, "roll": True, "gain_db": 4.0}
     p["pretrain"] |= short | {"vit": VIT, "recipes": {"vip_ant": {"match": "random_image"}}}

@@ -5,40 +5,10 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-from harken.config import Config
+from harken.config import FOLDERS, Config
 from harken.errors import unknown
 
-STAGES = (
-    "lists",
-    "catalog",
-    "download",
-    "audit",
-    "extract",
-    "weights",
-    "stats",
-    "embed",
-    "pretrain",
-    "finetune",
-    "train",
-    "evaluate",
-    "report",
-)
-FOLDERS = {
-    "lists": "lists",
-    "catalog": "manifest",
-    "download": "media",
-    "audit": "audit",
-    "extract": "features",
-    "weights": "weights",
-    "stats": "stats",
-    "embed": "embeddings",
-    "pretrain": "pretrained",
-    "finetune": "finetuned",
-    "train": "trained",
-    "evaluate": "evaluations",
-    "report": "report",
-}
-"""stage -> the name in `paths` of the folder that it fills"""
+STAGES = tuple(FOLDERS)
 
 
 def stage(name: str) -> ModuleType:

@@ -19,7 +19,7 @@ from types import ModuleType
 from typing import Any
 
 from harken import launch, logs, prometheus, space, timings
-from harken.config import Config, Paths, load
+from harken.config import FOLDERS, Config, Paths, load
 from harken.engines import ONE_THREAD, die_with_parent, engine, n_started
 from harken.errors import REFUSED, ConfigError, HarkenError, TransientError, status_of
 from harken.progress import watched
@@ -97,8 +97,6 @@ def _alone(work: Path, name: str) -> Iterator[None]:
 @contextlib.contextmanager
 def _failure_told(paths: Paths, name: str) -> Iterator[None]:
     """Leaves `NAME.failed.json` where the block fails; a full disk is told as what it is, not by the write it met."""
-    from harken.stages import FOLDERS
-
     path = paths.work / f"{name}.failed.json"
     path.unlink(missing_ok=True)
     try:
@@ -127,8 +125,6 @@ def _failure_told(paths: Paths, name: str) -> Iterator[None]:
 
 def _run_told(module: ModuleType, paths: Paths, name: str, cfg: Config) -> None:
     """Run the stage with its progress and its times told. However it ends, it is said."""
-    from harken.stages import FOLDERS
-
     out, run_id = getattr(paths, FOLDERS[name]), logs.run_id()
     told = prometheus.metrics(paths.work, name)
     run = timings.Run(paths.work, name, run_id)
