@@ -92,15 +92,9 @@ def test_a_killed_dvc_leaves_nobody_and_what_was_done_is_kept(kind: str, corrido
     dvc = [sys.executable, "-m", "dvc"]
     subprocess.run([*dvc, "init", "--no-scm", "-q"], cwd=copy.root, env=env, check=True)
     with cluster(copy.root) if kind == "dask+tcp" else contextlib.nullcontext(kind) as named:
-        process = subprocess.Popen(
-            [*dvc, "repro", "-s", "extract"],
-            cwd=copy.root,
-            env={**env, "HARKEN_ENGINE": named},
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+        command, how = [*dvc, "repro", "-s", "extract"], {"cwd": copy.root, "env": {**env, "HARKEN_ENGINE": named}}
+        how |= {"text": True, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        process = subprocess.Popen(command, **how, start_new_session=True)
         try:
             assert until(lambda: any(work.glob("[0-9]*.parquet")) or process.poll() is not None, 150), "it never began"
             done = {p: p.stat().st_mtime_ns for p in work.glob("[0-9]*.parquet")}
@@ -112,15 +106,7 @@ def test_a_killed_dvc_leaves_nobody_and_what_was_done_is_kept(kind: str, corrido
         assert family, "no stage was running"
         assert until(lambda: not any(map(lives, family)), 20), [p for p in family if lives(p)]
         assert not out.exists()
-        again = subprocess.run(
-            [*dvc, "repro", "-s", "extract"],
-            cwd=copy.root,
-            env={**env, "HARKEN_ENGINE": named},
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            timeout=200,
-        )
+        again = subprocess.run(command, **how, timeout=200)
         assert again.returncode == 0, again.stdout
     assert contents(out) == contents(corridor.path("features"))
     assert done == {p: p.stat().st_mtime_ns for p in done}, "a shard that was finished was made again"
