@@ -66,7 +66,7 @@ def on_dask(address: str, shared: Path | None) -> Map:
                 cluster = stack.enter_context(_own_cluster(pool_size(len(todo), len(devices or ())), devices or ()))
                 client = stack.enter_context(_connected(cluster, cluster.scheduler_address, token))
                 crew = Crew(client, cluster.scheduler_address, False)
-                one = partial(_call_own, make, cfg, token)
+                one = partial(call, make, cfg, token=token)
             yield from _results(crew, one, todo, token)
 
     return run
@@ -174,10 +174,6 @@ def _call_there(asked: Terms, make: Callable[[Any], Callable[[Any], Any]], cfg: 
     """One item in a running cluster's worker, which may have joined after all others were asked."""
     if token not in made:
         asked.differences()
-    return call(make, cfg, item, token)
-
-
-def _call_own(make: Callable[[Any], Callable[[Any], Any]], cfg: Any, token: str, item: Any) -> Any:
     return call(make, cfg, item, token)
 
 
