@@ -65,16 +65,17 @@ def _speak_json() -> None:
 
 def refuse(message: str) -> None:
     """The last words of a stage that ends without a result."""
-    if _is_formatted():
-        log.error("%s", message)
-    else:
-        print(f"harken: {message}", file=sys.stderr)
+    _say(logging.ERROR, message)
 
 
 def note(message: str) -> None:
     """What a person at the terminal should know at once."""
+    _say(logging.WARNING, message)
+
+
+def _say(level: int, message: str) -> None:
     if _is_formatted():
-        log.warning("%s", message)
+        log.log(level, "%s", message)
     else:
         print(f"harken: {message}", file=sys.stderr)
 
