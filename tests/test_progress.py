@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
+import re
 import socket
 import time
 from pathlib import Path
@@ -97,3 +99,15 @@ def test_a_folder_that_takes_no_file_does_not_end_the_stage(tmp_path: Path, capl
     with watched(tmp_path / "none", "extract", "a-run"):
         assert list(track(range(3), 3, "x")) == [0, 1, 2]
     assert len([r for r in caplog.records if "progress is not shown" in r.message]) == 1
+
+
+def test_a_log_says_now_and_then_how_far_it_is(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.delenv("CI")
+    monkeypatch.setenv("HARKEN_LOG", "json")  # no bar, whatever stderr is
+    monkeypatch.setattr(progress, "LOG_EVERY_S", -1.0)
+    with caplog.at_level(logging.INFO, "harken"):
+        assert list(track(range(2), 2, "x")) == [0, 1]
+    told = [re.sub(r"\d+\.?\d* s", "_ s", r.message) for r in caplog.records]
+    assert told == ["x: 1 of 2, about _ s left", "x: 2 of 2, about _ s left", "x: 2 in _ s"]

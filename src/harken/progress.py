@@ -179,18 +179,16 @@ def track(items: Iterable[T], total: int, what: str) -> Iterator[T]:
         with Progress(*columns, console=Console(stderr=True)) as bar:
             yield from bar.track(shown, total=total, description=what)
         return
-    began = last = time.monotonic()
-    done = 0
+    loop = Loop(what, total)
+    said = loop.began
     for item in shown:
         yield item
-        done += 1
-        now = time.monotonic()
-        if now - last > LOG_EVERY_S and not os.environ.get("CI"):
-            left = (now - began) / done * (total - done)
-            log.info("%s: %d of %d, about %.0f s left", what, done, total, left)
-            last = now
+        loop.count()
+        if loop.last - said > LOG_EVERY_S and not os.environ.get("CI"):
+            log.info("%s: %d of %d, about %.0f s left", what, loop.done, total, loop.left_s)
+            said = loop.last
     if total:
-        log.info("%s: %d in %.1f s", what, done, time.monotonic() - began)
+        log.info("%s: %d in %.1f s", what, loop.done, time.monotonic() - loop.began)
 
 
 def _noted(items: Iterable[T], total: int, what: str) -> Iterator[T]:
