@@ -13,7 +13,6 @@ import inspect
 import json
 import socket
 import sys
-import time
 from datetime import UTC, datetime
 from typing import Any
 
@@ -26,6 +25,7 @@ from prefect.states import Completed, State
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from harken import gc as scratch
+from harken import timings
 from harken.config import Paths, load, params_path
 from harken.errors import HarkenError, status_of
 from pipelines import workspace
@@ -35,10 +35,6 @@ from pipelines.workspace import Say
 LOST = "harken.clips.lost"
 """The event of an audit that lost more clips than its alarm."""
 ROWS = 1000  # of a table artifact; the whole table lies in the snapshot
-
-
-def _now_ms() -> int:
-    return round(time.time() * 1000)
 
 
 def _day(ms: int | None) -> str:
@@ -109,7 +105,7 @@ def take_snapshot() -> Any:
     from harken.clips import Manifest
     from harken.stages.download import DownloadConfig, ledger_folder, states
 
-    paths, now_ms = load("paths", Paths), _now_ms()
+    paths, now_ms = load("paths", Paths), timings.now_ms()
     book = ledger_folder(paths, load("download", DownloadConfig))
     attempts = read(book, FOLD_COLUMNS)
     manifest = Manifest.read(paths.manifest)

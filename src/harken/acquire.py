@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import random
 import socket
-import time
 from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,6 +15,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from harken import timings
 from harken.audit.observations import Observation
 from harken.config import Paths, load
 from harken.errors import ConfigError, DataError, HarkenError
@@ -25,15 +25,11 @@ out = Console()
 AsJson = Annotated[bool, typer.Option("--json", help="Print facts as JSON.")]
 
 
-def _now_ms() -> int:
-    return round(time.time() * 1000)
-
-
 def state_of(paths: Paths) -> pd.DataFrame:
     """What the ledger of the current preset says of each clip now; empty where nothing was asked for yet."""
     from harken.stages.download import states
 
-    return states(_attempts(paths), _now_ms())
+    return states(_attempts(paths), timings.now_ms())
 
 
 def _attempts(paths: Paths) -> pa.Table:
@@ -77,7 +73,7 @@ def audit(
     from harken.stages.audit import AuditConfig, observations, outcomes_of, report_of, visited
     from harken.stages.download import states
 
-    paths, cfg, now_ms = load("paths", Paths), load("audit", AuditConfig), _now_ms()
+    paths, cfg, now_ms = load("paths", Paths), load("audit", AuditConfig), timings.now_ms()
     asked = _attempts(paths)
     state = states(asked, now_ms)
     observed = [*observations(paths, cfg), *read_observations(paths.ledger / "observations"), *_censuses(asked, paths)]
@@ -301,7 +297,7 @@ def forget(
 
     paths = load("paths", Paths)
     book = ledger_folder(paths, load("download", DownloadConfig))
-    report = takedown.forget(ids, paths, who=who, why=why, now_ms=_now_ms(), book=book)
+    report = takedown.forget(ids, paths, who=who, why=why, now_ms=timings.now_ms(), book=book)
     if as_json:
         print(json.dumps(report.to_dict(), indent=1))
         return
@@ -317,7 +313,7 @@ def estimate(as_json: AsJson = False) -> None:
     from harken.stages.download import DownloadConfig, YoutubeFetch, due_now
 
     paths, cfg = load("paths", Paths), load("download", DownloadConfig)
-    due = due_now(paths, cfg, _now_ms())
+    due = due_now(paths, cfg, timings.now_ms())
     rows: list[dict[str, Any]] = []
     for host, fetch in cfg.fetch.items():
         part = due[due["host"] == host]
@@ -356,7 +352,7 @@ def accept_terms(
             print(json.dumps({"host": host, "is_accepted": lanes.accepted(shared_folder(paths), host) is not None}))
             return
         raise HarkenError("not accepted: nobody was named. To accept, add --who 'NAME, INSTITUTION'.")
-    found = lanes.accept_terms(shared_folder(paths), host, who, terms.version, _now_ms())
+    found = lanes.accept_terms(shared_folder(paths), host, who, terms.version, timings.now_ms())
     if as_json:
         print(json.dumps({"host": host, "is_accepted": True, "who": found.who}))
         return
@@ -385,7 +381,7 @@ def census(
     clips = in_order(paths)
     clips = clips[clips["host"] == "youtube"]
     seen = state_of(paths).set_index("clip_id")["last_ms"]
-    recent = set(seen.index[seen > _now_ms() - older_than * 86_400_000])
+    recent = set(seen.index[seen > timings.now_ms() - older_than * 86_400_000])
     todo = clips[~clips["clip_id"].isin(recent)].head(limit or len(clips))
     ids_of: dict[str, list[str]] = {}
     for clip_id in todo["clip_id"]:
@@ -399,7 +395,7 @@ def census(
     )
     tally: Counter[str] = Counter()
     rng = random.SystemRandom()
-    run_id, lane, paused = new_id(_now_ms(), rng), f"data-api@{socket.gethostname()}", ""
+    run_id, lane, paused = new_id(timings.now_ms(), rng), f"data-api@{socket.gethostname()}", ""
     with AttemptLog(book, run_id, "census") as writer:
         try:
             for n, finding in enumerate(asked.ask(ids_of)):

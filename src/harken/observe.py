@@ -69,7 +69,7 @@ def watch(paths: Paths, as_json: bool) -> None:
     try:
         if as_json:
             while True:
-                print(json.dumps({"now_ms": _now_ms(), "stages": now(paths)}), flush=True)
+                print(json.dumps({"now_ms": timings.now_ms(), "stages": now(paths)}), flush=True)
                 time.sleep(EVERY_S)
         with Live(_board(now(paths)), console=out, auto_refresh=False) as live:
             while True:
@@ -79,21 +79,17 @@ def watch(paths: Paths, as_json: bool) -> None:
         return
 
 
-def _now_ms() -> int:
-    return round(1000 * time.time())
-
-
 def _board(stages: list[dict[str, Any]]) -> Table:
     table = Table("stage", "state", "", "done", "for", "left", box=None, header_style="bold")
     for s in stages:
         found = s["progress"]
         if found is None:
-            since = "" if s["began_ms"] is None else span((_now_ms() - s["began_ms"]) / 1000)
+            since = "" if s["began_ms"] is None else span((timings.now_ms() - s["began_ms"]) / 1000)
             why = _first_line(s["failure"]) if s["state"] != "running" else ""
             table.add_row(s["stage"], s["state"], why, "", since, "")
             continue
         bar = ProgressBar(total=max(found["total"], 1), completed=found["done"], width=24)
-        began = span((_now_ms() - found["began_ms"]) / 1000)
+        began = span((timings.now_ms() - found["began_ms"]) / 1000)
         done = f"{found['done']:,} of {found['total']:,}  {found['what']}"
         table.add_row(s["stage"], s["state"], bar, done, began, span(found["left_s"]))
     return table

@@ -31,6 +31,11 @@ OUTCOMES: Final = ("done", "failed", "stopped", "killed", "running")
 LAST: Final = 5  # of how many done runs `summary` takes the median
 
 
+def now_ms() -> int:
+    """UTC epoch milliseconds."""
+    return round(1000 * time.time())
+
+
 class Run:
     """One run of a stage by this process, from its begin line to its end line.
 
@@ -47,7 +52,7 @@ class Run:
         self._facts: dict[str, Any] = {
             "stage": stage,
             "run_id": run_id,
-            "began_ms": round(1000 * time.time()),
+            "began_ms": now_ms(),
             "pid": os.getpid(),
             "host": socket.gethostname(),
             "engine": engine,
@@ -64,7 +69,7 @@ class Run:
         line = {
             "event": "end",
             **self._facts,
-            "ended_ms": round(1000 * time.time()),
+            "ended_ms": now_ms(),
             "outcome": outcome,
             "reason": reason,
             "wall_s": round(wall_s, 3),

@@ -12,7 +12,6 @@ import fcntl
 import logging
 import os
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -112,7 +111,7 @@ def _failure_told(paths: Paths, name: str) -> Iterator[None]:
             "is_transient": isinstance(error, TransientError),
             "reason": "DiskFull" if error is not e else type(e).__name__,
             "message": str(error),
-            "ended_ms": round(1000 * time.time()),
+            "ended_ms": timings.now_ms(),
         }
         try:
             write_json(path, facts)
