@@ -18,7 +18,7 @@ import pytest
 
 from harken.config import Paths
 from harken.errors import DataError, TransientError
-from harken.space import disk_full, is_of_full_disk
+from harken.space import disk_full, is_of_full_disk, size
 
 TESTS = Path(__file__).parent
 
@@ -54,6 +54,25 @@ def test_what_safetensors_says_is_known(tmp_path: Path) -> None:
     safetensors = pytest.importorskip("safetensors")
     error = safetensors.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
     assert is_of_full_disk(error)
+
+
+@pytest.mark.parametrize(
+    ("n_bytes", "told"),
+    [
+        (None, ""),
+        (0, "0 B"),
+        (999, "999 B"),
+        (1000, "1 KB"),
+        (9_750_000, "9.75 MB"),
+        (999_499, "999 KB"),
+        (999_600, "1 MB"),
+        (636e6, "636 MB"),
+        (1.5e12, "1.5 TB"),
+        (1234.5e12, "1,234.5 TB"),
+    ],
+)
+def test_bytes_for_people(n_bytes: float | None, told: str) -> None:
+    assert size(n_bytes) == told
 
 
 def test_it_is_said_where_how_much_is_free_and_what_is_kept(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
-from harken import progress, timings
+from harken import progress, space, timings
 from harken.config import FOLDERS, Paths
 from harken.errors import ConfigError
 from harken.stages import STAGES
@@ -127,10 +127,10 @@ def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
         span(last.get("wall_s")),
         span(row["median_wall_s"]),
         span(last.get("cpu_s")),
-        size(last.get("peak_rss_bytes")),
+        space.size(last.get("peak_rss_bytes")),
         f"{last['n_items']:,}" if last.get("n_items") else "",
         rate(last.get("items_s")),
-        size(last.get("bytes_out")),
+        space.size(last.get("bytes_out")),
     )
 
 
@@ -155,14 +155,3 @@ def span(seconds: float | None) -> str:
 def rate(per_s: float | None) -> str:
     """Items a second for people; empty for None."""
     return "" if per_s is None else f"{per_s:.3g}" if per_s < 100 else f"{per_s:,.0f}"
-
-
-def size(n_bytes: float | None) -> str:
-    """Bytes for people; empty for None."""
-    if n_bytes is None:
-        return ""
-    for unit in ("B", "KB", "MB", "GB"):
-        if n_bytes < 1000:
-            return f"{n_bytes:.0f} {unit}" if unit == "B" else f"{n_bytes:.3g} {unit}"
-        n_bytes /= 1000
-    return f"{n_bytes:,.1f} TB"

@@ -38,7 +38,7 @@ def disk_full(error: BaseException, stage: str, work: Path, folders: Iterable[Pa
     for folder, place in places.items():
         disks.setdefault(place.stat().st_dev, []).append(folder)
     free = sorted((_free_bytes(places[on[0]]), _names(on), places[on[0]]) for on in disks.values())
-    told = "; ".join(f"{names}: {_size(n)} free{_no_inodes(place)}" for n, names, place in free)
+    told = "; ".join(f"{names}: {size(n)} free{_no_inodes(place)}" for n, names, place in free)
     is_quota = any(isinstance(e, OSError) and e.errno == errno.EDQUOT for e in _chain(error))
     what = "a disk quota is used up" if is_quota else "no space left on a disk"
     return TransientError(
@@ -80,13 +80,15 @@ def _no_inodes(place: Path) -> str:
     return ", but no file more may be made" if found.f_files and not found.f_favail else ""
 
 
-def _size(n_bytes: int) -> str:
-    size, unit = float(n_bytes), "bytes"
-    for unit_ in ("KB", "MB", "GB", "TB"):
-        if size < 1000:
-            break
-        size, unit = size / 1000, unit_
-    return f"{n_bytes} bytes" if unit == "bytes" else f"{size:.1f} {unit}"
+def size(n_bytes: float | None) -> str:
+    """Bytes for people; empty for None."""
+    if n_bytes is None:
+        return ""
+    for unit in ("B", "KB", "MB", "GB"):
+        if n_bytes < 999.5:  # or three digits would not hold it
+            return f"{n_bytes:.0f} {unit}" if unit == "B" else f"{n_bytes:.3g} {unit}"
+        n_bytes /= 1000
+    return f"{n_bytes:,.1f} TB"
 
 
 def _kept(folder: Path) -> str:
