@@ -45,7 +45,8 @@ WORLD = {
     "n_sounds": None,
     "sound_s": None,
     "background_db": [-50.0, -40.0],
-    "untold": None,
+    "further": None,
+    "told": None,
 }
 
 

@@ -100,7 +100,7 @@ def test_what_happens_before_the_clip_is_no_right_image() -> None:
 def planned(tmp_path_factory: pytest.TempPathFactory) -> Truth:
     sizes = {"n_train": 160, "n_captioned": 100, "n_val": 20, "n_test": 20, "n_balanced": 10, "n_eval": 10}
     sizes |= {"n_clotho_train": 1, "n_clotho_val": 1, "n_clotho_test": 1, "width": 64, "height": 48, "fps": 10}
-    sizes |= {"n_sounds": None, "sound_s": None, "background_db": (-50.0, -40.0), "untold": None}
+    sizes |= {"n_sounds": None, "sound_s": None, "background_db": (-50.0, -40.0), "further": None, "told": None}
     cfg = WorldConfig.model_validate({**sizes, "seed": 3, "unavailable": 0.0, "broken": 0.0})
     path = tmp_path_factory.mktemp("truth") / "truth.json"
     write_truth(plan(cfg), cfg, path)

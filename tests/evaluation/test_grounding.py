@@ -376,7 +376,7 @@ def summary_of(found: Groundings) -> grounding.Summary:
 def planned(tmp_path_factory: pytest.TempPathFactory) -> Truth:
     sizes = {"n_train": 70, "n_captioned": 1, "n_val": 1, "n_test": 60, "n_balanced": 1, "n_eval": 1}
     sizes |= {"n_clotho_train": 1, "n_clotho_val": 1, "n_clotho_test": 4, "width": 64, "height": 48, "fps": 10}
-    sizes |= {"n_sounds": None, "sound_s": None, "background_db": (-50.0, -40.0), "untold": None}
+    sizes |= {"n_sounds": None, "sound_s": None, "background_db": (-50.0, -40.0), "further": None, "told": None}
     cfg = WorldConfig.model_validate({**sizes, "seed": 3, "unavailable": 0.0, "broken": 0.0})
     path = tmp_path_factory.mktemp("truth") / "truth.json"
     write_truth(plan(cfg), cfg, path)

@@ -31,7 +31,8 @@ def small_config(**changes: object) -> WorldConfig:
         "n_sounds": None,
         "sound_s": None,
         "background_db": [-50.0, -40.0],
-        "untold": None,
+        "further": None,
+        "told": None,
     }
     return WorldConfig.model_validate(values | changes)
 
@@ -55,7 +56,8 @@ def default_config() -> WorldConfig:
         n_sounds=None,
         sound_s=None,
         background_db=(-50.0, -40.0),
-        untold=None,
+        further=None,
+        told=None,
     )
 
 

@@ -51,7 +51,7 @@ def test_a_world_is_the_same_bytes_whatever_the_order_and_the_workers(tmp_path, 
     cfg = make_config(
         n_train=5, n_captioned=2, n_val=1, n_test=1, n_balanced=1, n_eval=2,
         n_clotho_train=1, n_clotho_val=1, n_clotho_test=1, unavailable=0.1, broken=0.1,
-        n_sounds=None, sound_s=None, background_db=(-50.0, -40.0), untold=None,
+        n_sounds=None, sound_s=None, background_db=(-50.0, -40.0), further=None, told=None,
     )  # fmt: skip
     build(tmp_path / "a", cfg, map)
     with ThreadPoolExecutor(2) as pool:
@@ -63,7 +63,7 @@ def test_a_build_resumes_and_keeps_complete_media(tmp_path, make_config):
     cfg = make_config(
         n_train=3, n_captioned=1, n_val=1, n_test=1, n_balanced=1, n_eval=1,
         n_clotho_train=1, n_clotho_val=1, n_clotho_test=1, unavailable=0.0, broken=0.0,
-        n_sounds=None, sound_s=None, background_db=(-50.0, -40.0), untold=None,
+        n_sounds=None, sound_s=None, background_db=(-50.0, -40.0), further=None, told=None,
     )  # fmt: skip
 
     def killed(fn, items):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections import Counter
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -287,7 +289,7 @@ def test_a_sound_for_which_there_is_no_room_fills_what_there_is(make_config):
 def test_what_no_caption_tells_is_heard_and_labelled_and_nothing_else_changes(make_config, larger):
     sizes = {**larger, "sound_s": (0.5, 1.0)}
     told = {r.clip_id: r for r in plan(make_config(**sizes))}
-    records = plan(make_config(**sizes, untold=(2, 4)))
+    records = plan(make_config(**sizes, further=(2, 4)))
     assert [r.clip_id for r in records] == [*told]
     counts = []
     for r in records:
@@ -309,6 +311,26 @@ def test_what_no_caption_tells_is_heard_and_labelled_and_nothing_else_changes(ma
     assert set(counts) == {2, 3, 4}
 
 
+@pytest.mark.parametrize("told", [1, 2])
+def test_captions_of_part_tell_other_sounds_each_and_in_their_order(make_config, larger, told):
+    sizes = {**larger, "sound_s": (0.5, 1.0), "further": (2, 4)}
+    whole = {r.clip_id: r for r in plan(make_config(**sizes))}
+    for r in plan(make_config(**sizes, told=told)):
+        assert replace(r, captions=()) == replace(whole[r.clip_id], captions=())
+        assert len(r.captions) == len(whole[r.clip_id].captions)
+        heard, spoken = sounding(r), []
+        for text in r.captions:
+            at = {e.name: re.search(rf"\b{CLASSES[e.name].noun}\b", text) for e in heard}
+            named = sorted((m.start(), name) for name, m in at.items() if m)
+            assert len(named) == told, text
+            spoken.append(frozenset(name for _, name in named))
+            if told == 2 and re.search(" then |followed by|before", text):
+                first, last = (next(e for e in heard if e.name == name) for _, name in named)
+                assert first.start_s <= last.start_s
+        choices = math.comb(len(heard), told)
+        assert len(set(spoken)) == min(len(spoken), choices)
+
+
 @pytest.mark.parametrize(
     ("changed", "says"),
     [
@@ -317,9 +339,11 @@ def test_what_no_caption_tells_is_heard_and_labelled_and_nothing_else_changes(ma
         ({"n_sounds": (0.5, 0.5)}, "n_sounds"),
         ({"sound_s": (2.0, 1.0)}, r"sound_s is \[2.0, 1.0\]: expected \[shortest, longest\], at least 0.2 seconds"),
         ({"sound_s": (0.1, 1.0)}, "at least 0.2 seconds"),
-        ({"sound_s": (0.5, 1.0), "untold": (3, 2)}, r"untold is \[3, 2\]: expected \[fewest, most\], at most 26"),
-        ({"sound_s": (0.5, 1.0), "untold": (0, 27)}, "at most 26"),
-        ({"untold": (1, 2)}, "untold needs sound_s"),
+        ({"sound_s": (0.5, 1.0), "further": (3, 2)}, r"further is \[3, 2\]: expected \[fewest, most\], at most 26"),
+        ({"sound_s": (0.5, 1.0), "further": (0, 27)}, "at most 26"),
+        ({"told": 3}, "told"),
+        ({"told": 0}, "told"),
+        ({"further": (1, 2)}, "further needs sound_s"),
     ],
 )
 def test_shares_and_lengths_that_cannot_be_are_refused(make_config, changed, says):

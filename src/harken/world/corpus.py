@@ -10,13 +10,14 @@ import base64
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import combinations
 
 import numpy as np
 from pydantic import Field, model_validator
 
 from harken.clips import youtube_id, zenodo_id
 from harken.config import Config
-from harken.world.captions import Along, Scene, Sound, Then, paraphrases
+from harken.world.captions import Along, Scene, Sound, Then, caption, paraphrases
 from harken.world.classes import CLASSES, NAMES, SIZES, is_held_out
 from harken.world.lists import clotho_name, write_lists
 from harken.world.pictures import SCENES
@@ -54,9 +55,9 @@ class WorldConfig(Config):
     the videos'. n_sounds: the shares of the clips that have one, two and three sounds; null: 60, 28 and 12 %, and
     more or fewer in the test galleries. sound_s: the shortest and the longest that a sound lasts, but for one that goes
     on behind others in turn; null: sounds fill the clip between them. background_db: from how soft to how loud the
-    noise behind the sounds is, in dBFS. untold: the fewest and the most further sounds of a clip
-    with captions, of which its labels tell and no caption, as long as `sound_s` says and whenever they come; null:
-    captions tell all.
+    noise behind the sounds is, in dBFS. further: the fewest and the most further sounds of a clip with captions, as
+    long as `sound_s` says and whenever they come; its labels tell of them; null: none. told: how many of its sounds a
+    caption tells, each caption another choice of them; null: all but the further ones.
     """
 
     seed: int
@@ -77,7 +78,8 @@ class WorldConfig(Config):
     n_sounds: tuple[float, float, float] | None
     sound_s: tuple[float, float] | None
     background_db: tuple[float, float]
-    untold: tuple[int, int] | None
+    further: tuple[int, int] | None
+    told: int | None = Field(ge=1, le=2)
 
     @model_validator(mode="after")
     def _shares(self) -> WorldConfig:
@@ -93,12 +95,12 @@ class WorldConfig(Config):
 
     @model_validator(mode="after")
     def _leaves_out(self) -> WorldConfig:
-        if self.untold is None:
+        if self.further is None:
             return self
-        if not 0 <= self.untold[0] <= self.untold[1] <= len(NAMES) - 6:
-            raise ValueError(f"untold is {list(self.untold)}: expected [fewest, most], at most {len(NAMES) - 6}")
+        if not 0 <= self.further[0] <= self.further[1] <= len(NAMES) - 6:
+            raise ValueError(f"further is {list(self.further)}: expected [fewest, most], at most {len(NAMES) - 6}")
         if self.sound_s is None:
-            raise ValueError("untold needs sound_s: sounds that fill the clip leave no time for others")
+            raise ValueError("further needs sound_s: sounds that fill the clip leave no time for others")
         return self
 
     @model_validator(mode="after")
@@ -205,7 +207,9 @@ def _record(cfg: WorldConfig, group: _Group, i: int, reason: str, taken: set[str
     decoys = _decoys(start_s, length_s, duration_s, {e.name for e in events}, rng)
     captions = paraphrases(scene, group.n_captions, rng) if group.n_captions else ()
     told = _names(events)
-    events += _untold(cfg, group, i, {e.name for e in (*events, *decoys)}, length_s)
+    events += _further(cfg, group, i, {e.name for e in (*events, *decoys)}, length_s)
+    if cfg.told is not None and captions:
+        captions = _partial(cfg, group, i, events)
     rate = (cfg.fps, 1)
     if i % 31 == 5:
         rate = (25, 1)
@@ -350,18 +354,38 @@ def _spread(
             return tuple(found)
 
 
-def _untold(cfg: WorldConfig, group: _Group, i: int, taken: set[str], length_s: float) -> tuple[Event, ...]:
+def _further(cfg: WorldConfig, group: _Group, i: int, taken: set[str], length_s: float) -> tuple[Event, ...]:
     """What sounds besides, off screen and whenever: classes that are not yet in the recording, each once."""
-    if cfg.untold is None or not group.n_captions:
+    if cfg.further is None or not group.n_captions:
         return ()
     rng = np.random.default_rng([cfg.seed, 92, group.part, i])  # its own: the rest of the clip is the same without
-    n = int(rng.integers(cfg.untold[0], cfg.untold[1] + 1))
+    n = int(rng.integers(cfg.further[0], cfg.further[1] + 1))
     others = [c for c in NAMES if c not in taken]
     found = []
     for k in rng.choice(len(others), n, replace=False):
         a, b = (round(t, 3) for t in _within(0.0, length_s, rng, cfg.sound_s))
         found.append(Event(others[int(k)], SIZES[int(rng.integers(2))], a, b, True, ()))
     return tuple(found)
+
+
+def _partial(cfg: WorldConfig, group: _Group, i: int, events: tuple[Event, ...]) -> tuple[str, ...]:
+    """Captions of `cfg.told` sounds each: no choice of them comes again before every other one has come."""
+    rng = np.random.default_rng([cfg.seed, 93, group.part, i])  # its own: what sounds is the same without
+    heard = sorted((e for e in events if e.sounds), key=lambda e: e.start_s)
+    choices = list(combinations(heard, min(cfg.told or len(heard), len(heard))))
+    order = rng.permutation(len(choices))
+    return tuple(caption(_told(choices[int(order[k % len(order)])]), rng) for k in range(group.n_captions))
+
+
+def _told(events: tuple[Event, ...]) -> Scene:
+    """One or two sounds as a caption speaks of them: at once where they share a third of the shorter one's time."""
+    sounds = [Sound(e.name, e.size) for e in events]
+    if len(events) == 1:
+        return sounds[0]
+    a, b = events
+    shared_s = min(a.end_s, b.end_s) - max(a.start_s, b.start_s)
+    shorter_s = min(a.end_s - a.start_s, b.end_s - b.start_s)
+    return Along(sounds[0], sounds[1]) if shared_s > shorter_s / 3 else Then(tuple(sounds))
 
 
 def _within(start_s: float, end_s: float, rng: np.random.Generator, sound_s: Interval | None) -> Interval:
