@@ -208,8 +208,8 @@ def _record(cfg: WorldConfig, group: _Group, i: int, reason: str, taken: set[str
     captions = paraphrases(scene, group.n_captions, rng) if group.n_captions else ()
     told = _names(events)
     events += _further(cfg, group, i, {e.name for e in (*events, *decoys)}, length_s)
-    if cfg.told is not None and captions:
-        captions = _partial(cfg, group, i, events)
+    if cfg.told is not None:  # those above have been drawn all the same: what follows of the clip depends on it
+        captions = _partial(cfg, cfg.told, group, i, events)
     rate = (cfg.fps, 1)
     if i % 31 == 5:
         rate = (25, 1)
@@ -368,13 +368,13 @@ def _further(cfg: WorldConfig, group: _Group, i: int, taken: set[str], length_s:
     return tuple(found)
 
 
-def _partial(cfg: WorldConfig, group: _Group, i: int, events: tuple[Event, ...]) -> tuple[str, ...]:
-    """Captions of `cfg.told` sounds each: no choice of them comes again before every other one has come."""
+def _partial(cfg: WorldConfig, n: int, group: _Group, i: int, events: tuple[Event, ...]) -> tuple[str, ...]:
+    """Captions of `n` sounds each: no choice of them comes again before every other one has come."""
     rng = np.random.default_rng([cfg.seed, 93, group.part, i])  # its own: what sounds is the same without
     heard = sorted((e for e in events if e.sounds), key=lambda e: e.start_s)
-    choices = list(combinations(heard, min(cfg.told or len(heard), len(heard))))
+    choices = list(combinations(heard, min(n, len(heard))))
     order = rng.permutation(len(choices))
-    return tuple(caption(_told(choices[int(order[k % len(order)])]), rng) for k in range(group.n_captions))
+    return tuple(caption(_told(choices[order[k % len(order)]]), rng) for k in range(group.n_captions))
 
 
 def _told(events: tuple[Event, ...]) -> Scene:
