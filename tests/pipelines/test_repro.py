@@ -14,7 +14,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from processes import lives, until
+from processes import free_port, lives, until
 
 pytest.importorskip("prefect", reason="the flow needs the extra `cluster`")
 ROOT = Path(__file__).parents[2]
@@ -250,8 +250,7 @@ def test_a_server_that_is_starting_is_waited_for(workspace: ModuleType) -> None:
 
         def log_message(self, *args: object) -> None: ...
 
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     started: list[ThreadingHTTPServer] = []
 
     def start() -> None:
