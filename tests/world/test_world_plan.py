@@ -311,10 +311,16 @@ def test_what_no_caption_tells_is_heard_and_labelled_and_nothing_else_changes(ma
     assert set(counts) == {2, 3, 4}
 
 
-@pytest.mark.parametrize("told", [1, 2])
+def share(a: Event, b: Event) -> float:
+    """The part of the shorter one's time in which both sound."""
+    return (min(a.end_s, b.end_s) - max(a.start_s, b.start_s)) / min(a.end_s - a.start_s, b.end_s - b.start_s)
+
+
+@pytest.mark.parametrize("told", [1, 2, 3])
 def test_captions_of_part_tell_other_sounds_each_and_in_their_order(make_config, larger, told):
     sizes = {**larger, "sound_s": (0.5, 1.0), "further": (2, 4)}
     whole = {r.clip_id: r for r in plan(make_config(**sizes))}
+    found = set()
     for r in plan(make_config(**sizes, told=told)):
         assert replace(r, captions=()) == replace(whole[r.clip_id], captions=())
         assert len(r.captions) == len(whole[r.clip_id].captions)
@@ -324,11 +330,15 @@ def test_captions_of_part_tell_other_sounds_each_and_in_their_order(make_config,
             named = sorted((m.start(), name) for name, m in at.items() if m)
             assert len(named) == told, text
             spoken.append(frozenset(name for _, name in named))
-            if told == 2 and re.search(" then |followed by|before", text):
-                first, last = (next(e for e in heard if e.name == name) for _, name in named)
-                assert first.start_s <= last.start_s
+            told_of = [next(e for e in heard if e.name == name) for _, name in named]
+            if not re.search(" after (?!that)", text):  # the one phrase that turns the order round
+                assert told_of == sorted(told_of, key=lambda e: e.start_s), text
+            at_once = [share(a, b) > 1 / 3 for a, b in pairwise(sorted(told_of, key=lambda e: e.start_s))]
+            assert any(at_once) == bool(re.search(" while | as |in the background|at the same time", text)), text
+            found.add((len(named), any(at_once)))
         choices = math.comb(len(heard), told)
         assert len(set(spoken)) == min(len(spoken), choices)
+    assert found == ({(1, False)} if told == 1 else {(told, False), (told, True)})
 
 
 @pytest.mark.parametrize(
@@ -341,7 +351,7 @@ def test_captions_of_part_tell_other_sounds_each_and_in_their_order(make_config,
         ({"sound_s": (0.1, 1.0)}, "at least 0.2 seconds"),
         ({"sound_s": (0.5, 1.0), "further": (3, 2)}, r"further is \[3, 2\]: expected \[fewest, most\], at most 26"),
         ({"sound_s": (0.5, 1.0), "further": (0, 27)}, "at most 26"),
-        ({"told": 3}, "told"),
+        ({"told": 4}, "told"),
         ({"told": 0}, "told"),
         ({"further": (1, 2)}, "further needs sound_s"),
     ],

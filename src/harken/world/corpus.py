@@ -10,7 +10,7 @@ import base64
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import combinations
+from itertools import combinations, pairwise
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -79,7 +79,7 @@ class WorldConfig(Config):
     sound_s: tuple[float, float] | None
     background_db: tuple[float, float]
     further: tuple[int, int] | None
-    told: int | None = Field(ge=1, le=2)
+    told: int | None = Field(ge=1, le=3)
 
     @model_validator(mode="after")
     def _shares(self) -> WorldConfig:
@@ -378,14 +378,24 @@ def _partial(cfg: WorldConfig, n: int, group: _Group, i: int, events: tuple[Even
 
 
 def _told(events: tuple[Event, ...]) -> Scene:
-    """One or two sounds as a caption speaks of them: at once where they share a third of the shorter one's time."""
+    """One to three sounds as a caption speaks of them: those two at once that share most of the shorter one's time.
+
+    A third of it at least. The rest come in the order in which they begin.
+    """
     sounds = [Sound(e.name, e.size) for e in events]
     if len(events) == 1:
         return sounds[0]
-    a, b = events
-    shared_s = min(a.end_s, b.end_s) - max(a.start_s, b.start_s)
-    shorter_s = min(a.end_s - a.start_s, b.end_s - b.start_s)
-    return Along(sounds[0], sounds[1]) if shared_s > shorter_s / 3 else Then(tuple(sounds))
+    shares = [_share(a, b) for a, b in pairwise(events)]
+    k = shares.index(max(shares))
+    if shares[k] <= 1 / 3:
+        return Then(tuple(sounds))
+    both = Along(sounds[k], sounds[k + 1])
+    return Then((*sounds[:k], both, *sounds[k + 2 :])) if len(sounds) > 2 else both
+
+
+def _share(a: Event, b: Event) -> float:
+    """The part of the shorter one's time that both sound; negative where they do not meet."""
+    return (min(a.end_s, b.end_s) - max(a.start_s, b.start_s)) / min(a.end_s - a.start_s, b.end_s - b.start_s)
 
 
 def _within(start_s: float, end_s: float, rng: np.random.Generator, sound_s: Interval | None) -> Interval:
