@@ -369,6 +369,21 @@ def test_a_temperature_may_be_learnt(project: tiny.Project) -> None:
     assert evaluated(project).keys() == {"learnt", "fixed"}
 
 
+def test_a_pooling_may_learn_at_a_rate_of_its_own(project: tiny.Project) -> None:
+    """Adam's first steps are as long as the rate, whatever the gradient is."""
+    rates = {"as_all": 1.0, "slow": 1e-6}
+    recipes(project, **{name: TAP | {"pooling_rate": rate} for name, rate in rates.items()}, none=TAP)
+    project.run("train")
+    assert tensors(project, "none-1").keys() == tensors(project, "as_all-1").keys()
+    for name, value in tensors(project, "none-1").items():
+        assert torch.equal(value, tensors(project, "as_all-1")[name]), name
+    norm = "pooling.ln_audio.weight"  # ones at the start
+    assert (tensors(project, "as_all-1")[norm] - 1).abs().max() > 1e-4
+    assert (tensors(project, "slow-1")[norm] - 1).abs().max() < 1e-7
+    projection = "audio_projection.0.weight"
+    assert not torch.equal(tensors(project, "slow-1")[projection], tensors(project, "none-1")[projection])
+
+
 # ------------------------------------------------------------------------------------------------------------ refusals
 
 
@@ -391,6 +406,7 @@ def test_a_temperature_may_be_learnt(project: tiny.Project) -> None:
             {"loss": NT_XENT | {"temperature": {"initial": 0.07, "floor": 0.1}}},
             r"temperature: floor 0\.1 is not in \(0, 0\.07\]",
         ),
+        ({"pooling_rate": 0}, r"recipes\.bad\.pooling_rate: .*greater than 0"),
         ({"dataset": "clothoo"}, r"train\.length_s has no value for 'clothoo', which bad is trained on"),
     ],
 )

@@ -129,6 +129,19 @@ def test_groups() -> None:
         assert [g["lr"] for g in optimizer.param_groups] == [0.2, 4.8e-3], name
 
 
+def test_a_part_of_the_model_may_learn_at_a_rate_of_its_own() -> None:
+    model = nn.ModuleDict({"pooling": nn.Linear(3, 4), "pooling_too": nn.Linear(4, 2), "bare": nn.Identity()})
+    factors = {"pooling": 0.1, "bare": 0.5}
+    groups = weight_bias_groups(model, lr_weight=0.2, lr_bias=0.01, factors=factors)
+    assert [g["peak_lr"] for g in groups] == pytest.approx([0.2, 0.01, 0.02, 0.001])
+    assert [g["lr"] for g in groups] == [g["peak_lr"] for g in groups]
+    other, own = model["pooling_too"], model["pooling"]
+    held = [[other.weight], [other.bias], [own.weight], [own.bias]]
+    assert [[id(p) for p in g["params"]] for g in groups] == [[id(p) for p in of] for of in held]
+    optimizer, _ = build(config(), model, 128, steps_per_epoch=10, epochs=30, factors=factors)
+    assert [g["lr"] for g in optimizer.param_groups] == pytest.approx([0.2, 0.1, 0.02, 0.01])
+
+
 @pytest.mark.parametrize(
     ("batch", "epochs", "per_epoch", "lr", "by_epoch"),
     [

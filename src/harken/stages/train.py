@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Discriminator, Tag
+from pydantic import Discriminator, Field, Tag
 from torch import nn
 
 from harken.clips import Manifest, Split
@@ -81,12 +81,14 @@ class TrainRecipe(Config):
     """A row of the paper's tables. `pooling` and `loss` hold `name` and that choice's own options.
 
     The loss's `temperature` may be `{initial, floor}`: it is then trained with the model (see LearnedTemperature).
+    `pooling_rate`: the factor on the optimiser's rates at which the pooling's own parameters learn.
     """
 
     dataset: str
     encoder: Annotated[Annotated[str, Tag("name")] | Annotated[Imported, Tag("imported")], Discriminator(_kind)]
     pooling: dict[str, Any]
     loss: dict[str, Any]
+    pooling_rate: float = Field(default=1.0, gt=0)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -359,7 +361,8 @@ def train_one(job: Job, item: tuple[str, str, int]) -> str:
     batch = cfg.batch[recipe.dataset]
     n = len(train.texts) if task.by_caption else len(train.clip_ids)
     order = Order(n, batch, seed, drop_last=n >= batch, clips=train.clip_of if task.by_caption else None)
-    optimizer, factor = build(cfg.optimizer, model, batch, order.steps_per_epoch, cfg.epochs)
+    slower = {} if recipe.pooling_rate == 1 else {"pooling": recipe.pooling_rate}
+    optimizer, factor = build(cfg.optimizer, model, batch, order.steps_per_epoch, cfg.epochs, slower)
     plan = Plan(cfg.epochs, seed, factor, cfg.clip_norm, cfg.checkpoint_every, cfg.select)
     folder = folder_of(paths.work / "train", name, job.marks[name])
     state = fit(task, optimizer, order, plan, folder, f"train {name}", watch=curves(folder))

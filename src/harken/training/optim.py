@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, Literal
 
@@ -62,17 +62,25 @@ class LARS(torch.optim.Optimizer):
         return loss
 
 
-def weight_bias_groups(model: nn.Module, *, lr_weight: float, lr_bias: float) -> list[dict[str, Any]]:
+def weight_bias_groups(
+    model: nn.Module, *, lr_weight: float, lr_bias: float, factors: Mapping[str, float] | None = None
+) -> list[dict[str, Any]]:
     """Two groups of the trainable parameters: matrices and up at `lr_weight`; biases, norms, scalars at `lr_bias`.
 
     `peak_lr` keeps the rate that a schedule's factor multiplies. Tsubaki et al. 2024, table I (its text swaps the two).
+    `factors`: of the model's parts by name, what their rates are multiplied by; each has two groups of its own.
     """
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    weights, biases = [p for p in trainable if p.ndim > 1], [p for p in trainable if p.ndim < 2]
-    return [
-        {"params": weights, "lr": lr_weight, "peak_lr": lr_weight},
-        {"params": biases, "lr": lr_bias, "peak_lr": lr_bias},
-    ]
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    parts = [(1.0, trainable)]
+    for part, factor in (factors or {}).items():
+        own = {name: trainable.pop(name) for name in list(trainable) if name.startswith(part + ".")}
+        parts += [(factor, own)] if own else []
+    groups = []
+    for factor, named in parts:
+        weights, biases = [p for p in named.values() if p.ndim > 1], [p for p in named.values() if p.ndim < 2]
+        for parameters, lr in ((weights, lr_weight * factor), (biases, lr_bias * factor)):
+            groups.append({"params": parameters, "lr": lr, "peak_lr": lr})
+    return groups
 
 
 def one_group(model: nn.Module, *, lr: float) -> list[dict[str, Any]]:
@@ -127,11 +135,16 @@ class OptimizerConfig(Config):
 
 
 def build(
-    cfg: OptimizerConfig, model: nn.Module, batch: int, steps_per_epoch: int, epochs: int
+    cfg: OptimizerConfig,
+    model: nn.Module,
+    batch: int,
+    steps_per_epoch: int,
+    epochs: int,
+    factors: Mapping[str, float] | None = None,
 ) -> tuple[torch.optim.Optimizer, Callable[[int], float]]:
     """The optimiser of a model's trainable parameters, and the factor on each group's `peak_lr` at a step.
 
-    Raises ConfigError for an unknown schedule or options that it does not take.
+    `factors` as in `weight_bias_groups`. Raises ConfigError for an unknown schedule or options that it does not take.
     """
     options = dict(cfg.schedule)
     name = options.pop("name", None)
@@ -145,5 +158,6 @@ def build(
         factor(0)
     except TypeError as e:
         raise ConfigError(f"optimizer.schedule: {e}") from None
-    groups = weight_bias_groups(model, lr_weight=cfg.lr_weight * scale, lr_bias=cfg.lr_bias * scale)
+    rates = {"lr_weight": cfg.lr_weight * scale, "lr_bias": cfg.lr_bias * scale}
+    groups = weight_bias_groups(model, **rates, factors=factors)
     return OPTIMIZERS[cfg.name](groups, lr=cfg.lr_weight * scale, weight_decay=cfg.weight_decay), factor
