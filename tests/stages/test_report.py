@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from pydantic import ValidationError
 
 from harken.config import Paths
 from harken.engines import inline
@@ -33,6 +34,7 @@ ASKED: dict[str, Any] = {
     "planted_percent": 95.0,
     "onset_frames": 1.0,
     "compare": [["good (mid)", "poor (mid)"]],
+    "compare_at": [1],
     "compare_planted": [["good", "poor"]],
     "n_resamples": 300,
     "level": 0.95,
@@ -131,6 +133,24 @@ def test_the_words_turn_with_the_data(paths: Paths) -> None:
     assert line(text, "- good against poor, nearest image: -29.0").endswith(": a real loss.")
     measure(paths, of_seeds(good=0.5, poor=0.51))
     assert line(say(paths), "- good (mid) against poor (mid), audioset A→I").endswith(": within noise.")
+
+
+def test_rows_are_compared_at_every_k_that_is_asked_for(paths: Paths) -> None:
+    """What the tables say of both rows is what lies between them, at each k."""
+    measure(paths, of_seeds(good=0.8, poor=0.3))
+    text = say(paths, compare_at=[1, 5])
+    rows = json.loads((paths.evaluations / "results.json").read_text())
+    for direction, name in (("a2i", "A→I"), ("i2a", "I→A")):
+        for k in (1, 5):
+            means = [
+                np.mean([r["metrics"][direction][f"R@{k}"] for r in rows if r["recipe"] == f"{row} (mid)"])
+                for row in ("good", "poor")
+            ]
+            said = line(text, f"- good (mid) against poor (mid), audioset {name} R@{k}: ")
+            assert f"R@{k}: {means[0] - means[1]:+.1f} [" in said
+    assert " of 4 comparisons." in line(text, "- Told from noise: ")
+    with pytest.raises(ValidationError, match=r"compare_at\.0\s.*greater than or equal to 1"):
+        say(paths, compare_at=[0])
 
 
 def test_a_seed_that_one_row_lacks_is_left_out(paths: Paths) -> None:

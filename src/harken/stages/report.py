@@ -10,7 +10,7 @@ import json
 import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import matplotlib
 
@@ -20,6 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from pydantic import Field
 
 from harken.config import Config, Paths
 from harken.engines import Map
@@ -41,8 +42,8 @@ class ReportConfig(Config):
 
     `chance_factor`: rows against this multiple of chance at R@1. Where truth is planted, `planted_percent`: how often
     the nearest image should be a right one; `onset_frames`: by how many frames a text-aware pooling's median onset may
-    be off. `compare` pairs rows of the tables `[a, b]`, `compare_planted` recipes of `pretrain` by their nearest
-    images; without planted truth the latter is not used.
+    be off. `compare` pairs rows of the tables `[a, b]`, by R@k for each k of `compare_at`; `compare_planted` recipes of
+    `pretrain` by their nearest images; without planted truth the latter is not used.
     """
 
     title: str
@@ -51,6 +52,7 @@ class ReportConfig(Config):
     planted_percent: float
     onset_frames: float
     compare: list[tuple[str, str]]
+    compare_at: list[Annotated[int, Field(ge=1)]]
     compare_planted: list[tuple[str, str]]
     n_resamples: int
     level: float
@@ -206,14 +208,16 @@ def _rows_compared(paths: Paths, results: list[dict[str, Any]], cfg: ReportConfi
             yield f"{a} against {b}: not both measured on one gallery", None
         for dataset, passport in sorted(shared):
             for direction, name in tables.DIRECTIONS.items():
-                x, y = (_hits(table, row, passport, direction) for row in (a, b))
+                x, y = (_asked(table, row, passport, direction) for row in (a, b))
                 if x is None or y is None:
                     continue
                 if x[1] != y[1]:
                     raise DataError(f"{a} and {b} were asked other queries under one passport, {passport}.")
                 clips = np.unique(x[1], return_inverse=True)[1]
-                found = _paired(x[0], y[0], clips, fold(a, b, direction), cfg)
-                yield f"{a} against {b}, {dataset} {name} R@1", found
+                for k in cfg.compare_at:
+                    p, q = ({seed: 100 * ranks.hit(k) for seed, ranks in row[0].items()} for row in (x, y))
+                    found = _paired(p, q, clips, fold(a, b, direction), cfg)
+                    yield f"{a} against {b}, {dataset} {name} R@{k}", found
 
 
 def _paired(
@@ -223,8 +227,10 @@ def _paired(
     return significance.paired_by_seed(x, y, clips, rng=rng, n_resamples=cfg.n_resamples, level=cfg.level)
 
 
-def _hits(table: pa.Table, row: str, passport: str, direction: str) -> tuple[dict[int, np.ndarray], list[str]] | None:
-    """Seed -> hits at 1 in percent (query,), and the clip of each query."""
+def _asked(
+    table: pa.Table, row: str, passport: str, direction: str
+) -> tuple[dict[int, metrics.Ranks], list[str]] | None:
+    """Seed -> the ranks of a row's queries, and the clip of each query."""
     for name, value in (("recipe", row), ("passport", passport), ("direction", direction)):
         table = table.filter(pc.equal(table[name], value))
     if not len(table):
@@ -233,7 +239,7 @@ def _hits(table: pa.Table, row: str, passport: str, direction: str) -> tuple[dic
     for seed in sorted(pc.unique(table["seed"]).to_pylist()):
         part = table.filter(pc.equal(table["seed"], seed)).sort_by("query")
         columns = {c: part[c].to_numpy() for c in ("above", "tied", "tied_relevant", "n_relevant")}
-        found[seed] = 100 * metrics.Ranks(**columns, n_items=part["n_items"][0].as_py()).hit(1)
+        found[seed] = metrics.Ranks(**columns, n_items=part["n_items"][0].as_py())
         clips.append(part["clip_id"].to_pylist())
     if any(c != clips[0] for c in clips):
         raise DataError(f"{row}: its seeds were asked other queries under one passport: {passport}")
