@@ -361,8 +361,8 @@ def train_one(job: Job, item: tuple[str, str, int]) -> str:
     batch = cfg.batch[recipe.dataset]
     n = len(train.texts) if task.by_caption else len(train.clip_ids)
     order = Order(n, batch, seed, drop_last=n >= batch, clips=train.clip_of if task.by_caption else None)
-    slower = {} if recipe.pooling_rate == 1 else {"pooling": recipe.pooling_rate}
-    optimizer, factor = build(cfg.optimizer, model, batch, order.steps_per_epoch, cfg.epochs, slower)
+    rates = {"pooling": recipe.pooling_rate}
+    optimizer, factor = build(cfg.optimizer, model, batch, order.steps_per_epoch, cfg.epochs, rates)
     plan = Plan(cfg.epochs, seed, factor, cfg.clip_norm, cfg.checkpoint_every, cfg.select)
     folder = folder_of(paths.work / "train", name, job.marks[name])
     state = fit(task, optimizer, order, plan, folder, f"train {name}", watch=curves(folder))

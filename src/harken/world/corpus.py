@@ -378,9 +378,9 @@ def _partial(cfg: WorldConfig, n: int, group: _Group, i: int, events: tuple[Even
 
 
 def _told(events: tuple[Event, ...]) -> Scene:
-    """One to three sounds as a caption speaks of them: those two at once that share most of the shorter one's time.
+    """One to three sounds as a caption speaks of them: in turn, but two neighbours that share much time at once.
 
-    A third of it at least. The rest come in the order in which they begin.
+    Much is over a third of the shorter one's time; of two such pairs it is the one that shares more.
     """
     sounds = [Sound(e.name, e.size) for e in events]
     if len(events) == 1:
